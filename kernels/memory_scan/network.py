@@ -1,0 +1,94 @@
+"""The memory network M and the gradient of its inner objective.
+
+Shapes: ... leading batch dimensions, b tokens, D head size, F hidden size, L layers; weights over L of [..., d_in, d_out].
+
+    h_0 = x;  h_l = gelu_tanh(h_{l-1} W_l) for l < L;  z = h_{L-1} W_L;  M(x) = z, or x + LN(z) with residual_norm
+    inner objective: |M(k) - v|^2, summed over D (Titans eq. 12)
+
+The gradient with respect to W_l is the outer product a_{l-1} (x) e_l of the layer's input and its delta.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LN_EPS = 1e-6
+SQRT_2_OVER_PI = 0.7978845608028654
+CUBIC = 0.044715
+
+
+def gelu(z: Tensor) -> Tensor:
+    return F.gelu(z, approximate="tanh")
+
+
+def gelu_vjp(g: Tensor, z: Tensor) -> Tensor:
+    """g * gelu'(z)."""
+    return torch.ops.aten.gelu_backward(g, z, approximate="tanh")
+
+
+def gelu_derivatives(z: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu'(z) and gelu''(z) of the tanh form."""
+    u1 = SQRT_2_OVER_PI * (1 + 3 * CUBIC * z * z)
+    u2 = SQRT_2_OVER_PI * 6 * CUBIC * z
+    t = torch.tanh(SQRT_2_OVER_PI * (z + CUBIC * z**3))
+    s = 1 - t * t
+    return 0.5 * (1 + t) + 0.5 * z * s * u1, s * u1 + 0.5 * z * s * (u2 - 2 * t * u1 * u1)
+
+
+def layer_norm(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised z, mean and 1 / std; over the last dimension, no affine."""
+    return torch.native_layer_norm(z, z.shape[-1:], None, None, LN_EPS)
+
+
+def layer_norm_vjp(g: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """The norm's Jacobian, which is symmetric, times g."""
+    mean, rstd = mean.contiguous(), rstd.contiguous()  # the operator reads them as dense, whatever their strides
+    return torch.ops.aten.native_layer_norm_backward(g, z, z.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
+
+
+def memory_network(x: Tensor, weights, residual_norm: bool) -> Tensor:
+    """M(x) at the given weights. x [..., b, D], weights over L of [..., d_in, d_out] -> [..., b, D]."""
+    h = x
+    for w in weights[:-1]:
+        h = gelu(h @ w)
+    return output(h @ weights[-1], x, residual_norm)
+
+
+def output(z: Tensor, x: Tensor, residual_norm: bool) -> Tensor:
+    return x + layer_norm(z)[0] if residual_norm else z
+
+
+@dataclass
+class InnerGradient:
+    """What the gradient of the inner objective leaves, per token: u_l = a_{l-1} (x) e_l."""
+
+    inputs: list[Tensor]  # a_0 = k, a_1, ..., a_{L-1}
+    deltas: list[Tensor]  # e_1, ..., e_L
+    pre: list[Tensor]  # z_1, ..., z_{L-1}: what the activations saw
+    back: list[Tensor]  # g_1, ..., g_{L-1}: e_{l+1} W_{l+1}^T
+    out: Tensor  # z_L
+    norm: tuple[Tensor, Tensor, Tensor, Tensor] | None  # LN(z_L), mean, rstd, and 2 (M(k) - v)
+
+
+def inner_gradient(k: Tensor, v: Tensor, weights, residual_norm: bool) -> InnerGradient:
+    """The gradient's factors at `weights` for keys and values [..., b, D]."""
+    inputs, pre = [k], []
+    for w in weights[:-1]:
+        pre.append(inputs[-1] @ w)
+        inputs.append(gelu(pre[-1]))
+    out = inputs[-1] @ weights[-1]
+    norm = None
+    if residual_norm:
+        n, mean, rstd = layer_norm(out)
+        r = (k + n - v).mul(2)
+        norm = (n, mean, rstd, r)
+        deltas = [layer_norm_vjp(r, out, mean, rstd)]
+    else:
+        deltas = [(out - v).mul(2)]
+    back = []
+    for w, z in zip(reversed(weights[1:]), reversed(pre), strict=True):
+        back.append(deltas[-1] @ w.mT)
+        deltas.append(gelu_vjp(back[-1], z))
+    return InnerGradient(inputs, deltas[::-1], pre, back[::-1], out, norm)

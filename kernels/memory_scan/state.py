@@ -1,0 +1,66 @@
+"""The memory's state as a value: what a prefix leaves behind for the rest of the sequence."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """Weights and surprise of a batch of neural memories after some tokens.
+
+    weights, surprise: tuples over the L memory layers of [B, H, d_in, d_out]; float32 (float64 in tests)
+    anchor: the weights at the start of the chunk that is half read, or None when `offset` is 0
+    offset: tokens of the current chunk already read, 0 <= offset < chunk_size, the same for the whole batch
+    """
+
+    weights: tuple[Tensor, ...]
+    surprise: tuple[Tensor, ...]
+    anchor: tuple[Tensor, ...] | None = None
+    offset: int = 0
+
+    def __post_init__(self):
+        if len(self.weights) != len(self.surprise):
+            raise ValueError(f"{len(self.weights)} weights but {len(self.surprise)} surprise tensors; give one of each per memory layer")
+        if (self.anchor is None) != (self.offset == 0):
+            raise ValueError(f"a half-read chunk needs its anchor and only it has one: offset={self.offset}, anchor given: {self.anchor is not None}")
+
+    @staticmethod
+    def initial(weights, batch: int) -> "MemoryState":
+        """The state that `batch` sequences start from. weights: over L, [H, d_in, d_out]; surprise is zero."""
+        expanded = tuple(w.unsqueeze(0).expand(batch, *w.shape) for w in weights)
+        return MemoryState(expanded, tuple(torch.zeros_like(w) for w in expanded))
+
+    @property
+    def depth(self) -> int:
+        return len(self.weights)
+
+    @property
+    def batch(self) -> int:
+        return self.weights[0].shape[0]
+
+    def opened(self) -> "MemoryState":
+        """The same weights and surprise, with the next token opening a fresh chunk."""
+        return MemoryState(self.weights, self.surprise)
+
+    def expand(self, batch: int) -> "MemoryState":
+        """A state of batch 1 as one of `batch` (views, no copies)."""
+        if self.batch == batch:
+            return self
+        if self.batch != 1:
+            raise ValueError(f"a state of batch {self.batch} can't serve a batch of {batch}; it must be 1 or {batch}")
+
+        def grow(xs):
+            return None if xs is None else tuple(x.expand(batch, *x.shape[1:]) for x in xs)
+
+        return MemoryState(grow(self.weights), grow(self.surprise), grow(self.anchor), self.offset)
+
+    def where(self, mask: Tensor, other: "MemoryState") -> "MemoryState":
+        """`other`'s rows where mask [B] is set, this state's elsewhere; both at a chunk's start."""
+        assert self.offset == 0 and other.offset == 0, "states can be mixed at chunk starts only"
+        m = mask.view(-1, 1, 1, 1)
+        return MemoryState(
+            tuple(torch.where(m, o, s) for s, o in zip(self.weights, other.weights, strict=True)),
+            tuple(torch.where(m, o, s) for s, o in zip(self.surprise, other.surprise, strict=True)),
+        )

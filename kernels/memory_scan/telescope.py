@@ -1,0 +1,60 @@
+"""The telescoped step: a rescaling of theta that keeps the summed step of a chunk stable.
+
+    theta'_t = theta_t prod_{j<t in the chunk} (1 - min(2 theta_j |k_j.k_t|, 0.999))
+
+For equal keys a chunk then writes in total what the token-by-token delta rule would; orthogonal keys are untouched. It depends
+on lr and k alone, so it is a pre-processing of `lr` and the scan does not know of it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_SHRINK = 0.999
+
+
+@dataclass(frozen=True)
+class StepHistory:
+    """Keys [B, n, H, D] and plain steps [B, n, H, G] of the n tokens of a half-read chunk."""
+
+    keys: Tensor
+    steps: Tensor
+
+
+def telescope(
+    lr: Tensor, k: Tensor, *, chunk_size: int, history: StepHistory | None = None
+) -> tuple[Tensor, StepHistory | None]:
+    """Telescoped theta for T tokens.
+
+    lr [B, T, H, G] (G gates: 1 or the memory's depth), k [B, T, H, D] l2-normalised; history: the tokens of the chunk that an
+    earlier call left half read. Returns lr' [B, T, H, G] and the history for the next call (None at a chunk's start).
+    """
+    if lr.ndim != 4 or k.ndim != 4 or lr.shape[:3] != k.shape[:3]:
+        raise ValueError(f"telescope needs lr [B, T, H, G] and k [B, T, H, D], got {tuple(lr.shape)} and {tuple(k.shape)}")
+    lead = 0
+    if history is not None:
+        lead = history.keys.shape[1]
+        lr, k = torch.cat([history.steps, lr], 1), torch.cat([history.keys, k], 1)
+    tokens = lr.shape[1]
+    whole = tokens // chunk_size * chunk_size
+    parts = []
+    if whole:
+        parts.append(_telescope_chunks(lr[:, :whole], k[:, :whole], chunk_size))
+    if whole < tokens:
+        parts.append(_telescope_chunks(lr[:, whole:], k[:, whole:], tokens - whole))
+        rest = StepHistory(k[:, whole:], lr[:, whole:])
+    else:
+        rest = None
+    return torch.cat(parts, 1)[:, lead:], rest
+
+
+def _telescope_chunks(lr: Tensor, k: Tensor, size: int) -> Tensor:
+    """lr [B, n*size, H, G], k [B, n*size, H, D] -> lr', chunks of `size` on their own."""
+    steps = lr.unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2)  # [B, n, H, G, size]
+    keys = k.unflatten(1, (-1, size)).transpose(2, 3).to(lr.dtype)  # [B, n, H, size, D]
+    overlap = 2 * (keys @ keys.mT).abs().unsqueeze(3)  # [B, n, H, 1, t, j]
+    earlier = torch.ones(size, size, dtype=torch.bool, device=lr.device).tril(-1)
+    shrink = (steps.unsqueeze(-2) * overlap).clamp(max=MAX_SHRINK).masked_fill(~earlier, 0)
+    scale = torch.log1p(-shrink).sum(-1).exp()  # bounded away from log(0) by MAX_SHRINK
+    return (steps * scale).permute(0, 1, 4, 2, 3).flatten(1, 2)
