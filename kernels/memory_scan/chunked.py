@@ -98,8 +98,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y, *d_states):
-        *tokens, reset = ctx.saved_tensors[:7]
-        states = ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # once: activation checkpointing unpacks only once
+        (*tokens, reset), states = saved[:7], saved[7:]
         spans, _, _, half_read, depth = ctx.config
         with torch.autocast(d_y.device.type, enabled=False):
             walk = _Walk(tokens, reset, *ctx.config, states)

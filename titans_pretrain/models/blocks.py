@@ -1,0 +1,113 @@
+"""The variants of a Titans block around memory and attention (Titans section 4).
+
+Llama macro-architecture: RMSNorm -> mixer -> residual -> RMSNorm -> SwiGLU -> residual. Every block is
+block(x, state, by, positions) -> (y, state'), strictly causal:
+
+    x          [B, T, dim]
+    state      LayerState of the tokens before, or None where a document starts
+    by         rotation of these tokens (rotary.py)
+    positions  [B, T] of each token in its document: 0 starts one, -1 is padding; None: no document starts here
+"""
+
+import torch
+from torch import Tensor, nn
+
+from titans_pretrain.config.model import ModelConfig
+from titans_pretrain.models.attention import AttentionLayer
+from titans_pretrain.models.memory import MemoryLayer
+from titans_pretrain.models.mlp import SwiGLU
+from titans_pretrain.models.norm import RMSNorm
+from titans_pretrain.models.rotary import Rotation
+from titans_pretrain.models.state import LayerState
+
+
+class Block(nn.Module):
+    """Residual and feed-forward part, common to all variants; a subclass is a mixer."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = SwiGLU(config)
+        self.persistent = None
+        if config.persistent_tokens:
+            self.persistent = nn.Parameter(torch.randn(config.persistent_tokens, config.dim))
+
+    def forward(
+        self, x: Tensor, state: LayerState | None, by: Rotation, positions: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        mixed, state = self.mix(self.mixer_norm(x), state or LayerState(), by, positions)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state
+
+    def mix(self, x: Tensor, state: LayerState, by: Rotation, positions: Tensor | None) -> tuple[Tensor, LayerState]:
+        raise NotImplementedError
+
+
+class LmmBlock(Block):
+    """The neural memory alone."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.memory = MemoryLayer(config)
+
+    def mix(self, x, state, by, positions):
+        y, memory = self.memory(x, state.memory, positions, self.persistent)
+        return y, LayerState(memory=memory)
+
+
+class TransformerBlock(Block):
+    """Attention alone: the baseline."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.attention = AttentionLayer(config)
+
+    def mix(self, x, state, by, positions):
+        y, keys = self.attention(x, state.keys, by, positions, self.persistent)
+        return y, LayerState(keys=keys)
+
+
+class MalBlock(Block):
+    """Memory as a layer (eq. 29-31): memory, then sliding-window attention, each with its norm and residual."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.memory = MemoryLayer(config)
+        self.attention = AttentionLayer(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x, state, by, positions):
+        state = state or LayerState()
+        y, memory = self.memory(self.mixer_norm(x), state.memory, positions, self.persistent)
+        x = x + y
+        y, keys = self.attention(self.attention_norm(x), state.keys, by, positions, self.persistent)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), LayerState(memory=memory, keys=keys)
+
+
+class Gate(nn.Module):
+    """y o sigmoid(m), each normalised with a learned vector first: one reading of eq. 28, which prints no formula."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.y_norm = RMSNorm(config.dim, config.norm_eps)
+        self.m_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, y: Tensor, m: Tensor) -> Tensor:
+        return self.y_norm(y) * torch.sigmoid(self.m_norm(m))
+
+
+class MagBlock(Block):
+    """Memory as a gate (eq. 26-28): attention and memory read the same input side by side."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.memory = MemoryLayer(config)
+        self.attention = AttentionLayer(config)
+        self.gate = Gate(config)
+
+    def mix(self, x, state, by, positions):
+        m, memory = self.memory(x, state.memory, positions, self.persistent)
+        y, keys = self.attention(x, state.keys, by, positions, self.persistent)
+        return self.gate(y, m), LayerState(memory=memory, keys=keys)

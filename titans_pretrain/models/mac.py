@@ -1,0 +1,103 @@
+"""Memory as context (Titans section 4.1, eq. 21-25), one segment at a time.
+
+    h = M(q; memory at the segment's start)        retrieve
+    y = attention over [persistent | h | segment]  causal within the segment; segments do not see each other
+    m = scan(y)                                    write y token by token, reading after each write
+    o = y o sigmoid(m)                             gate
+
+Taken literally the paper leaks the future: h comes from queries of the whole segment and every row sees all of it. Here row t
+sees h_j for j <= t, and reads the memory as it stands after its own write. With `mac.memory_tokens` = N the queries are N
+learned vectors instead, which every row may see.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans_pretrain.config.model import ModelConfig
+from titans_pretrain.kernels.attention import segment_attention
+from titans_pretrain.models.attention import AttentionLayer
+from titans_pretrain.models.blocks import Block, Gate
+from titans_pretrain.models.memory import MemoryLayer, unit
+from titans_pretrain.models.norm import RMSNorm
+from titans_pretrain.models.state import LayerState, MemoryLayerState, SegmentState
+
+
+class MacBlock(Block):
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.segment = config.mac.segment
+        self.memory = MemoryLayer(config)
+        self.attention = AttentionLayer(config)
+        self.write_norm = RMSNorm(config.dim, config.norm_eps)  # of the attention's output, before it is written to memory
+        self.gate = Gate(config)
+        self.retrieve_proj, self.memory_queries = None, None
+        if config.mac.memory_tokens:
+            shape = (config.mac.memory_tokens, config.memory.heads, config.dim // config.memory.heads)
+            self.memory_queries = nn.Parameter(torch.randn(shape))
+        else:
+            self.retrieve_proj = nn.Linear(config.dim, config.dim, bias=False)
+
+    def mix(self, x, state, by, positions):
+        queries = self.attention.queries(x, by)
+        keys, values = self.attention.keys_values(x, by)
+        retrieval = None
+        if self.retrieve_proj is not None:
+            retrieval = unit(F.silu(self.retrieve_proj(x)).unflatten(-1, (self.memory.heads, -1)))
+        persistent = self.attention.positionless(self.persistent)
+        memory, segment = state.memory, state.segment
+        if memory is None:
+            memory = self.memory.opened(self.memory.initial(None), x.shape[0])
+        outputs, reads = [], []
+        start = 0
+        while start < x.shape[1]:
+            before = 0 if segment is None else segment.keys[0].shape[1]
+            stop = min(x.shape[1], start + self.segment - before)
+            here = slice(start, stop)
+            if segment is None:
+                first = None if positions is None else positions[:, start] == 0
+                segment = self._open(memory, first)
+            segment = self._extend(
+                segment, (keys[:, here], values[:, here]), retrieval if retrieval is None else retrieval[:, here],
+                (by[0][:, here], by[1][:, here]),
+            )  # fmt: skip
+            y = segment_attention(
+                queries[:, here], *segment.keys, *(segment.retrieved or (None, None)),
+                persistent=persistent, context=self._context(segment),
+            )  # fmt: skip
+            y = self.attention.merge(y)
+            m, memory = self.memory(
+                self.write_norm(y), memory, None if positions is None else positions[:, here].contiguous()
+            )
+            outputs.append(y)
+            reads.append(m)
+            if segment.keys[0].shape[1] == self.segment:
+                segment = None
+            start = stop
+        return self.gate(torch.cat(outputs, 1), torch.cat(reads, 1)), LayerState(memory=memory, segment=segment)
+
+    def _open(self, memory: MemoryLayerState, first: Tensor | None) -> SegmentState:
+        """A segment without tokens, retrieving from the memory as it stands; first [B]: rows where a document starts."""
+        weights = memory.memory.weights
+        if first is not None:
+            fresh = self.memory.initial(None, memory).memory.weights
+            weights = tuple(torch.where(first.view(-1, 1, 1, 1), f, w) for f, w in zip(fresh, weights, strict=True))
+        return SegmentState(weights, None, None)
+
+    def _extend(self, segment, keys, retrieval, by) -> SegmentState:
+        """The segment with more tokens: their keys and values, and those of what is retrieved for them."""
+        retrieved = None
+        if retrieval is not None:
+            h = self.memory.retrieve(retrieval, segment.weights).to(keys[0].dtype)
+            retrieved = _append(segment.retrieved, self.attention.keys_values(h, by))
+        return SegmentState(segment.weights, _append(segment.keys, keys), retrieved)
+
+    def _context(self, segment: SegmentState) -> tuple[Tensor, Tensor] | None:
+        if self.memory_queries is None:
+            return None
+        q = unit(self.memory_queries).expand(segment.weights[0].shape[0], -1, -1, -1)
+        return self.attention.positionless(self.memory.retrieve(q, segment.weights).to(self.memory_queries.dtype))
+
+
+def _append(old: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return new if old is None else tuple(torch.cat(pair, 1) for pair in zip(old, new, strict=True))

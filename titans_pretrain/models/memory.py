@@ -1,0 +1,154 @@
+"""The neural memory as a layer (Titans section 3.1): projections, short convolutions, gates, scan, norm, output gate."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans_pretrain.config.model import ModelConfig
+from titans_pretrain.kernels.memory_scan import MemoryState, memory_read, memory_scan, memory_step, telescope
+from titans_pretrain.kernels.short_conv import causal_conv
+from titans_pretrain.models.norm import RMSNorm
+from titans_pretrain.models.state import InitialMemory, MemoryLayerState
+
+
+class MemoryLayer(nn.Module):
+    """Reads x [B, T, dim] into a memory of its own per head and out of it. H heads of D = dim / H, L memory layers."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = memory = config.memory
+        self.heads = memory.heads
+        dim, size = config.dim, config.dim // memory.heads
+        hidden = int(memory.expansion * size)
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.g_proj = nn.Linear(dim, dim, bias=False)  # output gate
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+        self.q_conv, self.k_conv, self.v_conv = (nn.Parameter(torch.empty(dim, memory.conv_size)) for _ in range(3))
+        gates = memory.heads * (memory.depth if memory.per_layer_gates else 1)
+        self.forget_proj = nn.Linear(dim, gates)
+        self.momentum_proj = nn.Linear(dim, gates)
+        self.lr_proj = nn.Linear(dim, gates)
+        self.norm = RMSNorm(size, config.norm_eps)
+        widths = [size, *[hidden] * (memory.depth - 1), size]
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(memory.heads, widths[i], widths[i + 1])) for i in range(memory.depth)
+        )
+        self.reset_parameters(config.init_std)
+
+    def reset_parameters(self, std: float) -> None:
+        """Gates start at alpha = sigmoid(-6), and half of eta's and theta's maximum. With residual_norm the memory's
+        output must not start near zero: the gradient through the norm grows as its inverse."""
+        for name in ("q", "k", "v"):
+            nn.init.normal_(getattr(self, f"{name}_conv"), std=self.config.conv_size**-0.5)
+        nn.init.constant_(self.forget_proj.bias, -6.0)
+        nn.init.zeros_(self.momentum_proj.bias)
+        nn.init.zeros_(self.lr_proj.bias)
+        for w in self.weights:
+            nn.init.normal_(w, std=w.shape[1] ** -0.5)
+        if not self.config.residual_norm:
+            nn.init.normal_(self.weights[-1], std=std)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MemoryLayerState | None = None,
+        positions: Tensor | None = None,
+        persistent: Tensor | None = None,
+    ) -> tuple[Tensor, MemoryLayerState]:
+        """state: from the call before; None starts a document. positions [B, T]: 0 starts a document, -1 is inert padding.
+        persistent [P, dim]: tokens that every document's memory has read before its first one."""
+        c = self.config
+        start = self.initial(persistent, state)
+        if state is None:
+            state = self.opened(start, x.shape[0])
+        (q, k, v), conv = self._project(x, state.conv, positions, start.conv)
+        forget, momentum, lr = self._gates(x, positions)
+        history = None
+        if c.step == "telescoped":
+            lr, history = telescope(lr, k, chunk_size=c.chunk_size, history=state.history)
+        options = dict(
+            chunk_size=c.chunk_size, residual_norm=c.residual_norm, forget_to=c.forget_to, initial_state=start.memory
+        )
+        reset = None if positions is None else self._resets(positions, state.memory.offset)
+        if x.shape[1] == 1 and reset is None and not torch.is_grad_enabled():
+            y, memory = memory_step(q, k, v, forget, momentum, lr, state.memory, **options)
+        else:
+            y, memory = memory_scan(
+                q, k, v, forget, momentum, lr, state.memory,
+                reset=reset, checkpoint_every=c.checkpoint_every, backend=c.backend, **options,
+            )  # fmt: skip
+        y = self.norm(y).flatten(-2).to(x.dtype) * torch.sigmoid(self.g_proj(x))
+        kept = None if torch.is_grad_enabled() else start
+        return self.o_proj(y), MemoryLayerState(memory, conv, history, kept)
+
+    def initial(self, persistent: Tensor | None, state: MemoryLayerState | None = None) -> InitialMemory:
+        """Where documents start: the learned weights after one scan of the persistent tokens [P, dim]."""
+        if state is not None and state.initial is not None and not torch.is_grad_enabled():
+            return state.initial
+        dtype = torch.promote_types(self.weights[0].dtype, torch.float32)
+        memory = MemoryState.initial(tuple(w.to(dtype) for w in self.weights), 1)
+        before = self.config.conv_size - 1
+        zeros = self.q_conv.new_zeros(1, before, self.q_conv.shape[0])
+        learned = InitialMemory(memory, (zeros, zeros, zeros))
+        if persistent is None:
+            return learned
+        _, after = self._scan_persistent(persistent.unsqueeze(0), learned)
+        return after
+
+    def opened(self, start: InitialMemory, batch: int) -> MemoryLayerState:
+        """The state of `batch` documents before their first token."""
+        return MemoryLayerState(start.memory.expand(batch), tuple(t.expand(batch, -1, -1) for t in start.conv))
+
+    def retrieve(self, q: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        """M(q) at given weights, normalised per head. q [B, n, H, D] l2-normalised -> [B, n, dim]."""
+        state = MemoryState(weights, weights)  # the surprise is not read
+        return self.norm(memory_read(q, state, residual_norm=self.config.residual_norm)).flatten(-2)
+
+    def _scan_persistent(self, x: Tensor, start: InitialMemory) -> tuple[Tensor, InitialMemory]:
+        c = self.config
+        (q, k, v), conv = self._project(x, start.conv, None, None)
+        forget, momentum, lr = self._gates(x, None)
+        if c.step == "telescoped":
+            lr, _ = telescope(lr, k, chunk_size=c.chunk_size)
+        y, memory = memory_scan(
+            q, k, v, forget, momentum, lr, start.memory, chunk_size=c.chunk_size, residual_norm=c.residual_norm,
+            forget_to=c.forget_to, initial_state=start.memory, checkpoint_every=c.checkpoint_every, backend=c.backend,
+        )  # fmt: skip
+        return y, InitialMemory(memory.opened(), conv)
+
+    def _project(self, x, tails, positions, initial):
+        """q, k, v [B, T, H, D] after convolution, SiLU and the l2 norm of q and k; and the convolutions' new tails."""
+        heads, conv = [], []
+        for i, name in enumerate("qkv"):
+            y, tail = causal_conv(
+                getattr(self, f"{name}_proj")(x), getattr(self, f"{name}_conv"), tail=tails[i], positions=positions,
+                initial=None if initial is None else initial[i],
+            )  # fmt: skip
+            y = F.silu(y).unflatten(-1, (self.heads, -1))
+            heads.append(y if name == "v" else unit(y))
+            conv.append(tail)
+        return heads, tuple(conv)
+
+    def _gates(self, x: Tensor, positions: Tensor | None) -> list[Tensor]:
+        """alpha, eta, theta [B, T, H, G] in float32 or better; zero where positions say padding."""
+        c = self.config
+        gates = []
+        for proj, high in ((self.forget_proj, 1.0), (self.momentum_proj, c.max_momentum), (self.lr_proj, c.max_lr)):
+            g = proj(x)
+            g = torch.sigmoid(g.to(torch.promote_types(g.dtype, torch.float32))).unflatten(-1, (self.heads, -1)) * high
+            if positions is not None:
+                g = g.masked_fill((positions < 0)[..., None, None], 0.0)
+            gates.append(g)
+        return gates
+
+    def _resets(self, positions: Tensor, offset: int) -> Tensor:
+        """[B, chunks touched]: which chunks start a document."""
+        starts = positions[:, (-offset) % self.config.chunk_size :: self.config.chunk_size] == 0
+        return F.pad(starts, (1, 0)) if offset else starts
+
+
+def unit(x: Tensor) -> Tensor:
+    """l2-normalised over the last dimension, in float32 or better."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
