@@ -1,0 +1,197 @@
+"""Composition, overrides and the messages of titans_pretrain.config."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from titans_pretrain.config import Config, ModelConfig, changed_keys, load_config, save_config
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def small(write):
+    return write("small.yaml", "model: {dim: 64, layers: 2, heads: 2, memory: {heads: 2}}\ntrain: {lr: 3e-4}\n")
+
+
+def test_an_empty_file_gives_the_defaults(write):
+    config = load_config(write("empty.yaml", ""))
+    assert config.model == ModelConfig()
+    assert (config.run.name, config.run.dir) == ("empty", "runs/empty")
+
+
+def test_numbers_in_scientific_notation_are_numbers(small):
+    assert load_config(small).train.lr == 3e-4
+    assert load_config(small, ["train.min_lr=1e-6"]).train.min_lr == 1e-6
+
+
+def test_later_wins_key_by_key(write, small):
+    """Includes in order, then the file, then the overrides; paths are relative to the file that includes."""
+    write("parts/one.yaml", "train: {steps: 1, seed: 1, micro_batch: 1, global_batch: 1}\n")
+    write("parts/two.yaml", "include: [one.yaml]\ntrain: {seed: 2, micro_batch: 2, global_batch: 2}\n")
+    top = write("top.yaml", "include: [small.yaml, parts/two.yaml]\ntrain: {micro_batch: 3, global_batch: 3}\n")
+    train = load_config(top, ["train.global_batch=6"]).train
+    assert (train.steps, train.seed, train.micro_batch, train.global_batch) == (1, 2, 3, 6)
+    assert load_config(top).model.dim == 64
+
+
+def test_an_include_that_comes_back_is_refused(write):
+    write("a.yaml", "include: [b.yaml]\n")
+    b = write("b.yaml", "include: [a.yaml]\n")
+    with pytest.raises(ValueError, match="includes itself: .*b.yaml -> .*a.yaml -> .*b.yaml"):
+        load_config(b)
+
+
+def test_values_may_refer_to_others(small):
+    assert load_config(small, ["run.name=x", "run.dir=/scratch/${run.name}"]).run.dir == "/scratch/x"
+
+
+def test_a_saved_config_loads_as_itself(small, tmp_path):
+    config = load_config(small, ["model.variant=mac", "data.mixture={a/b.c: 2, d: 1}", "model.window=null"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_changed_keys_names_both_values(small):
+    old, new = load_config(small), load_config(small, ["train.lr=1", "model.memory.depth=1"])
+    assert changed_keys(old, new) == {"train.lr": (3e-4, 1.0), "model.memory.depth": (2, 1)}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", "unknown key train.stepz; did you mean train.steps?"),
+        ("train.seq_len=3", "unknown key train.seq_len; did you mean data.seq_len?"),
+        ("model.vocabsize=3", "unknown key model.vocabsize; did you mean model.vocab_size?"),
+        ("chunk_size=3", "unknown key chunk_size; did you mean model.memory.chunk_size?"),
+        ("qqq.abc=1", "unknown key qqq; legal here: model, data, train, parallel, run, version"),
+        ("train.steps=4x", "train.steps = '4x': must be an integer"),
+        ("train.steps='4'", "train.steps = '4': must be an integer"),
+        ("train.steps=1.5", "train.steps = 1.5: must be an integer"),
+        ("train.steps=true", "train.steps = True: must be an integer"),
+        ("train.lr=fast", "train.lr = 'fast': must be a number"),
+        ("model.window=wide", "model.window = 'wide': must be an integer or null"),
+        ("model.tie_embeddings=1", "model.tie_embeddings = 1: must be true or false"),
+        ("model.variant=mamba", "model.variant = 'mamba': must be lmm or mac or mag or mal or transformer"),
+        ("train.precision=fp16", "train.precision = 'fp16': must be fp32 or bf16"),
+        ("data.mixture={a: x}", "data.mixture.a = 'x': must be a valid number"),
+        ("data.mixture={a: 0}", "data.mixture gives 'a' the weight 0.0; weights must be positive"),
+        ("model=3", "model = 3: must be a group of keys"),
+        ("train.lr=-1", "train.lr must be 0 or more, got -1.0"),
+        ("train.lr=.nan", "train.lr must be 0 or more, got nan"),
+        ("train.min_lr=1", "train.min_lr=1.0 is above train.lr=0.0003"),
+        ("train.beta2=1", r"train.beta2 must lie in [0, 1), got 1.0"),
+        ("train.micro_batch=3", "train.global_batch=8 must be a multiple of train.micro_batch=3; try 9"),
+        ("data.seq_len=0", "data.seq_len must be 1 or more, got 0"),
+        ("data.seq_len=100", "data.seq_len=100 must be a multiple of model.memory.chunk_size=16"),
+        ("data.seq_len=8", "try 16, or data.reset_documents=false"),
+        ("parallel.tp=2", "parallel.tp=2: this build trains on one process so far; set it to 1"),
+        ("parallel.zero_stage=1", "parallel.zero_stage=1: this build trains on one process so far; set it to 0"),
+        (
+            "version=99",
+            "version 99 is newer than version 1, the newest this titans-pretrain reads; update titans-pretrain",
+        ),
+        ("run.dir=${nothing}", "Interpolation key 'nothing' not found"),
+        ("train.steps", "override 'train.steps' is not of the form key=value"),
+        ("train.lr=[1", "the value of override 'train.lr=[1' is not valid YAML"),
+    ],
+)
+def test_a_bad_override_is_one_clear_line(small, override, message):
+    with pytest.raises(ValueError) as e:
+        load_config(small, [override])
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_seq_len_is_a_multiple_of_the_segment_for_mac(small):
+    with pytest.raises(
+        ValueError, match="data.seq_len=528 must be a multiple of model.mac.segment=512, .* try 512 or 1024"
+    ):
+        load_config(small, ["model.variant=mac", "data.seq_len=528"])
+    assert (
+        load_config(small, ["model.variant=mac", "data.seq_len=528", "data.reset_documents=false"]).data.seq_len == 528
+    )
+
+
+def test_newer_versions_are_refused_before_their_new_keys(write):
+    with pytest.raises(ValueError, match="version 2 is newer than version 1"):
+        load_config(write("new.yaml", "version: 2\ntrain: {something_new: 1}\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: [1", "not valid YAML"),
+        ("- a\n- b\n", "must hold `key: value` lines"),
+        ("train: {steps: 1, steps: 2}\n", "duplicate key steps"),
+        ("include: other.yaml\n", "include is 'other.yaml'; it must be a list of file names"),
+        ("train:\n", "train = None: must be a group of keys"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(write, text, message):
+    path = write("bad.yaml", text)
+    with pytest.raises(ValueError) as e:
+        load_config(path)
+    assert message in str(e.value)
+    assert str(path) in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_a_missing_file_names_its_neighbours(small):
+    with pytest.raises(FileNotFoundError, match="no config file .*smal.yaml; near names: .*small.yaml"):
+        load_config(small.with_name("smal.yaml"))
+
+
+def test_a_missing_include_names_who_asks_for_it(write):
+    path = write("top.yaml", "include: [gone.yaml]\n")
+    with pytest.raises(FileNotFoundError, match=r"no config file .*gone.yaml \(included from .*top.yaml\)"):
+        load_config(path)
+
+
+def test_importing_the_config_loads_no_heavy_package():
+    code = (
+        "import sys, titans_pretrain.config; print([m for m in ('torch', 'pydantic', 'omegaconf') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_every_config_of_the_project_loads(path):
+    assert isinstance(load_config(path), Config)
+
+
+def test_the_documentation_lists_every_key_with_its_default():
+    text = (CONFIGS.parent / "docs/configuration.md").read_text()
+    found = dict(re.findall(r"^\| `([\w.]+)` \| `(.*?)` \|", text, re.MULTILINE))
+    defaults = dataclasses.asdict(Config())
+    defaults["model"]["ffn_dim"] = None  # derived from dim
+    del defaults["version"]
+    expected = {}
+
+    def collect(values, prefix):
+        for key, value in values.items():
+            if isinstance(value, dict) and value:
+                collect(value, f"{prefix}{key}.")
+            else:
+                expected[prefix + key] = value if isinstance(value, str) else json.dumps(value)
+
+    collect(defaults, "")
+    assert found == expected
