@@ -1,10 +1,11 @@
 """One span of the chunked scan, forward: a sequential write of the states, then one parallel read of all tiles.
 
-Layout: N = batch * heads, G tiles, b tokens per tile; tokens [N, G, b, .], states over L of [N, d_in, d_out], the states at the
-tiles' starts [N, G, d_in, d_out]. Inside a tile, with the tables of gates.py and the write's factors a, e:
+Layout: N = batch * heads, G tiles, b tokens per tile; tokens [N, G, b, .]. The state of a memory layer is one matrix X
+[N, K * d_in, d_out] of K slots, stacked by rows: W and S, or W - W_init, S and W_init when forgetting goes there. With the tables
+of gates.py and the write's factors a [b, d_in], e [b, d_out]:
 
-    W+ = beta_b W + f_b S [+ (1 - beta_b) W_init] - (c o a)^T e        S+ = m_b S - (s o a)^T e        c, s: last rows of C, N
-    x_t W_t = beta_t x_t W + f_t x_t S [+ (1 - beta_t) x_t W_init] - [(C o x a^T) e]_t
+    X+ = carried X - [last o a]^T e      on the first two slots
+    x_t W_t = [read_t o x_t] X - [(C o x a^T) e]_t
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from titans_pretrain.kernels.memory_scan.gates import Tables, decay_tables
-from titans_pretrain.kernels.memory_scan.network import InnerGradient, gelu, inner_gradient, output
+from titans_pretrain.kernels.memory_scan.network import InnerGradient, gelu, inner_gradient
 from titans_pretrain.kernels.memory_scan.spans import Span
 
 Matrices = list[Tensor]  # one per memory layer
@@ -33,31 +34,27 @@ class SpanInputs:
     @staticmethod
     def cut(span: Span, q, k, v, forget, momentum, lr, dtype) -> "SpanInputs":
         """From [B, T, H, .] tensors."""
+        rows = [span_rows(span, x).to(dtype) for x in (q, k, v, forget, momentum, lr)]
+        return SpanInputs(*(x.contiguous() for x in rows[:3]), *(x.mT.contiguous() for x in rows[3:]))
 
-        def tiles(x: Tensor) -> Tensor:
-            x = x[:, span.start : span.stop].unflatten(1, (span.tiles, span.tile))
-            return x.permute(0, 3, 1, 2, 4).flatten(0, 1).to(dtype, memory_format=torch.contiguous_format)
+    def tables(self, slots: int) -> Tables:
+        return decay_tables(self.forget, self.momentum, self.lr, slots)
 
-        return SpanInputs(*(tiles(x).contiguous() for x in (q, k, v)), *(tiles(x).mT.contiguous() for x in (forget, momentum, lr)))
 
-    def tables(self) -> Tables:
-        return decay_tables(self.forget, self.momentum, self.lr)
+def span_rows(span: Span, x: Tensor) -> Tensor:
+    """[B, T, H, .] -> [N, G, b, .] of the span's tokens."""
+    x = x[:, span.start : span.stop].unflatten(1, (span.tiles, span.tile))
+    return x.permute(0, 3, 1, 2, 4).flatten(0, 1)
 
 
 @dataclass
 class Written:
-    """What writing a span leaves: the states at the tiles' starts, the factors of the writes, and the state after it."""
+    """What writing a span leaves."""
 
-    weights: Matrices  # [N, G, d_in, d_out]
-    surprise: Matrices
+    states: Matrices  # at the tiles' starts [N, G, K * d_in, d_out]
     anchors: list[Matrices]  # per tile, [N, d_in, d_out]
     gradient: InnerGradient  # fields stacked over the tiles, [N, G, b, .]
-    last_weights: Matrices
-    last_surprise: Matrices
-
-    @property
-    def last_anchor(self) -> Matrices:
-        return self.anchors[-1]
+    last: Matrices  # the state after the span
 
 
 def gate_of(layer: int, tables: Tables) -> int:
@@ -65,62 +62,55 @@ def gate_of(layer: int, tables: Tables) -> int:
     return min(layer, tables.beta.shape[-2] - 1)
 
 
+def weights(state: Tensor, slots: int) -> Tensor:
+    """W [N, d_in, d_out] of a state."""
+    first, _, *towards = state.chunk(slots, 1)
+    return first + towards[0] if towards else first
+
+
+def scale(x: Tensor, coefficients: Tensor) -> Tensor:
+    """Copies of x [..., b, d], one per coefficient [..., b, n], scaled and side by side: [..., b, n * d]."""
+    return (x.unsqueeze(-2) * coefficients.unsqueeze(-1)).flatten(-2)
+
+
+def carry(state: Tensor, slots: int, coefficients: Tensor) -> Tensor:
+    """The state after a tile that writes nothing. coefficients [N, 3]: beta, f, m at the tile's end."""
+    beta, f, m = coefficients[..., None, None].unbind(1)
+    new = torch.empty_like(state)
+    (first, surprise, *rest), (new_first, new_surprise, *new_rest) = state.chunk(slots, 1), new.chunk(slots, 1)
+    torch.mul(first, beta, out=new_first).addcmul_(surprise, f)
+    torch.mul(surprise, m, out=new_surprise)
+    for x, y in zip(rest, new_rest, strict=True):
+        y.copy_(x)
+    return new
+
+
 def write(
-    span: Span,
-    x: SpanInputs,
-    tables: Tables,
-    weights: Matrices,
-    surprise: Matrices,
-    anchor: Matrices | None,
-    *,
-    residual_norm: bool,
-    towards: Matrices | None,
-    reset: Tensor | None,
-    initial: tuple[Matrices, Matrices] | None,
-) -> Written:
-    """Walk the tiles. towards: W_init [N, d_in, d_out] when forgetting goes there, else None. reset: [N, chunks of the call]."""
-    depth = len(weights)
-    starts_w, starts_s, anchors, gradients = [], [], [], []
+    span: Span, x: SpanInputs, tables: Tables, state: Matrices, anchor: Matrices | None, *, residual_norm: bool,
+    reset: Tensor | None, initial: Matrices | None,
+) -> Written:  # fmt: skip
+    """Walk the tiles. anchor: of the chunk that the span continues; reset: [N, chunks of the call]; initial: a state."""
+    slots = tables.read.shape[-1]
+    states, anchors, gradients = [], [], []
     for tile in range(span.tiles):
         if span.opens(tile):
             if reset is not None:
                 row = reset[:, span.chunk_of(tile)].view(-1, 1, 1)
-                weights = [torch.where(row, i, w) for i, w in zip(initial[0], weights, strict=True)]
-                surprise = [torch.where(row, i, s) for i, s in zip(initial[1], surprise, strict=True)]
-            anchor = weights
+                state = [torch.where(row, i, s) for i, s in zip(initial, state, strict=True)]
+            anchor = [weights(s, slots) for s in state]
         gradient = inner_gradient(x.k[:, tile], x.v[:, tile], anchor, residual_norm)
-        starts_w.append(weights)
-        starts_s.append(surprise)
+        states.append(state)
         anchors.append(anchor)
         gradients.append(gradient)
-        new_w, new_s = [], []
-        for layer in range(depth):
+        new = []
+        for layer, s in enumerate(state):
             gate = gate_of(layer, tables)
-            beta, f, m = (y[:, tile, gate, -1, None, None] for y in (tables.beta, tables.f, tables.m))
             a, e = gradient.inputs[layer], gradient.deltas[layer]
-            w = torch.addcmul(weights[layer] * beta, surprise[layer], f)
-            if towards is not None:
-                w.addcmul_(towards[layer], 1 - beta)
-            new_w.append(subtract_outer(w, tables.weight[:, tile, gate, -1], a, e))
-            new_s.append(subtract_outer(surprise[layer] * m, tables.surprise[:, tile, gate, -1], a, e))
-        weights, surprise = new_w, new_s
-    return Written(
-        [torch.stack(w, 1) for w in zip(*starts_w, strict=True)],
-        [torch.stack(s, 1) for s in zip(*starts_s, strict=True)],
-        anchors,
-        _stack(gradients),
-        weights,
-        surprise,
-    )
-
-
-def subtract_outer(state: Tensor, coefficient: Tensor, a: Tensor, e: Tensor) -> Tensor:
-    """state -= (coefficient o a)^T e, scaling whichever factor is narrower. coefficient [N, b]."""
-    if a.shape[-1] <= e.shape[-1]:
-        a = a * coefficient.unsqueeze(-1)
-    else:
-        e = e * coefficient.unsqueeze(-1)
-    return state.baddbmm_(a.mT, e, alpha=-1)
+            s = carry(s, slots, tables.carry[:, tile, gate])
+            s[:, : 2 * a.shape[-1]].baddbmm_(scale(a, tables.last[:, tile, gate]).mT, e, alpha=-1)
+            new.append(s)
+        state = new
+    return Written([torch.stack(s, 1) for s in zip(*states, strict=True)], anchors, _stack(gradients), state)
 
 
 def _stack(gradients: list[InnerGradient]) -> InnerGradient:
@@ -132,37 +122,15 @@ def _stack(gradients: list[InnerGradient]) -> InnerGradient:
     return InnerGradient(*(over_layers(n) for n in ("inputs", "deltas", "pre", "back")), out, norm)
 
 
-def scaled_matmul(coefficient: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """coefficient o (x w) [..., b, d_out], scaling whichever side is narrower. coefficient [..., b]."""
-    if w.shape[-2] <= w.shape[-1]:
-        return (x * coefficient.unsqueeze(-1)) @ w
-    return (x @ w).mul_(coefficient.unsqueeze(-1))
-
-
-def shared_matmul(x: Tensor, w: Tensor) -> Tensor:
-    """x [N, G, b, d_in] with one w [N, d_in, d_out] for all tiles."""
-    return (x.flatten(1, 2) @ w).unflatten(1, x.shape[1:3])
-
-
-def read(x: SpanInputs, tables: Tables, written: Written, towards: Matrices | None) -> list[tuple[Tensor, Tensor]]:
-    """Inputs and pre-activations (x_{l-1}, p_l) [N, G, b, .] of every memory layer at the per-token weights."""
-    depth = len(written.weights)
-    layers = []
-    h = x.q
-    for layer in range(depth):
-        t = tables.at(gate_of(layer, tables))
-        p = scaled_matmul(t.beta, h, written.weights[layer])
-        p += scaled_matmul(t.f, h, written.surprise[layer])
-        if towards is not None:
-            p.addcmul_(shared_matmul(h, towards[layer]), (1 - t.beta).unsqueeze(-1))
+def read(q: Tensor, tables: Tables, written: Written) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and pre-activations [N, G, b, .] of every memory layer at the per-token weights; the last one is z."""
+    layers, h = [], q
+    for layer, state in enumerate(written.states):
+        gate = gate_of(layer, tables)
         a, e = written.gradient.inputs[layer], written.gradient.deltas[layer]
-        p -= (t.weight * (h @ a.mT)) @ e
+        p = scale(h, tables.read[:, :, gate]) @ state
+        p -= (tables.weight[:, :, gate] * (h @ a.mT)) @ e
         layers.append((h, p))
-        if layer < depth - 1:
+        if layer < len(written.states) - 1:
             h = gelu(p)
     return layers
-
-
-def read_output(layers: list[tuple[Tensor, Tensor]], q: Tensor, residual_norm: bool) -> Tensor:
-    """y [N, G, b, D] from the last pre-activation."""
-    return output(layers[-1][1], q, residual_norm)

@@ -17,20 +17,37 @@ from torch import Tensor
 
 @dataclass
 class Tables:
-    """Matrices [..., b, b] and vectors [..., b]."""
+    """Coefficients of a tile's two-state recurrence, per gate. The state has K slots: W and S, or, with forgetting towards
+    W_init, V = W - W_init, S and W_init (the difference is what decays, and nothing cancels in its gradient).
 
-    forget_decay: Tensor  # L_b
-    momentum_decay: Tensor  # L_m
-    surprise: Tensor  # N: what u_j adds to -S_t
-    weight: Tensor  # C: what u_j adds to -W_t
-    beta: Tensor
-    f: Tensor
-    m: Tensor
+    A tile carries the slots on (V+ = beta_b V + f_b S, S+ = m_b S, W_init stays) and subtracts [last o a]^T e from the first two;
+    its token t reads  x_t (read_t X) - [(C o x a^T) e]_t.
+    """
 
-    def at(self, gate: int) -> "Tables":
-        """The tables of one memory layer, from [..., gates, b(, b)]."""
-        matrices = (self.forget_decay, self.momentum_decay, self.surprise, self.weight)
-        return Tables(*(x[..., gate, :, :] for x in matrices), *(x[..., gate, :] for x in (self.beta, self.f, self.m)))
+    forget_decay: Tensor  # L_b [..., b, b]
+    momentum_decay: Tensor  # L_m [..., b, b]
+    surprise: Tensor  # N [..., b, b]: what u_j adds to -S_t
+    weight: Tensor  # C [..., b, b]: what u_j adds to -W_t
+    beta: Tensor  # [..., b]
+    f: Tensor  # [..., b]
+    m: Tensor  # [..., b]
+    read: Tensor  # [..., b, K]: beta, f (, 1)
+    last: Tensor  # [..., b, 2]: the last rows of C and N
+    carry: Tensor  # [..., 3]: beta_b, f_b, m_b
+
+
+@dataclass
+class TableGradients:
+    """Gradients of what the scan reads from the tables."""
+
+    weight: Tensor
+    read: Tensor
+    last: Tensor
+    carry: Tensor
+
+    @staticmethod
+    def zeros(tables: Tables) -> "TableGradients":
+        return TableGradients(*(torch.zeros_like(x) for x in (tables.weight, tables.read, tables.last, tables.carry)))
 
 
 def decay_matrix(x: Tensor) -> Tensor:
@@ -40,34 +57,26 @@ def decay_matrix(x: Tensor) -> Tensor:
     return torch.where(after, x.unsqueeze(-2), 1.0).cumprod(-1).triu().mT
 
 
-def decay_tables(forget: Tensor, momentum: Tensor, lr: Tensor) -> Tables:
+def decay_tables(forget: Tensor, momentum: Tensor, lr: Tensor, slots: int) -> Tables:
     """Gates [..., b] -> tables of the tile."""
     keep = 1 - forget
     forget_decay, momentum_decay = decay_matrix(keep), decay_matrix(momentum)
-    m = momentum.cumprod(-1)
+    beta, m = keep.cumprod(-1), momentum.cumprod(-1)
+    f = (forget_decay @ m.unsqueeze(-1)).squeeze(-1)
     surprise = momentum_decay * lr.unsqueeze(-2)
-    return Tables(
-        forget_decay,
-        momentum_decay,
-        surprise,
-        forget_decay @ surprise,
-        keep.cumprod(-1),
-        (forget_decay @ m.unsqueeze(-1)).squeeze(-1),
-        m,
-    )
+    weight = forget_decay @ surprise
+    read = torch.stack([beta, f, torch.ones_like(f)][:slots], -1)
+    last = torch.stack([weight[..., -1, :], surprise[..., -1, :]], -1)
+    carry = torch.stack([x[..., -1] for x in (beta, f, m)], -1)
+    return Tables(forget_decay, momentum_decay, surprise, weight, beta, f, m, read, last, carry)
 
 
-def decay_tables_backward(
-    tables: Tables, d_weight: Tensor, d_beta: Tensor, d_f: Tensor, d_last_surprise: Tensor, d_last_m: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to (forget, momentum, lr), [..., b] each.
-
-    d_weight [..., b, b], d_beta and d_f [..., b]: of C, beta, f. d_last_surprise [..., b], d_last_m [...]: of N's last row
-    and of m's last entry, the only ones that the scan reads. d_weight is overwritten.
-    """
+def decay_tables_backward(tables: Tables, d: TableGradients) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to (forget, momentum, lr), [..., b] each. Overwrites d."""
     b = tables.beta.shape[-1]
-    columns = torch.cat([d_weight, d_beta.unsqueeze(-1), d_f.unsqueeze(-1)], -1)
-    lam = tables.forget_decay.mT @ columns
+    d.weight[..., -1, :] += d.last[..., 0]
+    d.read[..., -1, :2] += d.carry[..., :2]
+    lam = tables.forget_decay.mT @ torch.cat([d.weight, d.read[..., :2]], -1)
     lam_c, lam_beta, lam_f = lam[..., :b].tril(), lam[..., b], lam[..., b + 1]
     d_forget = -(
         (lam_c * _shift(tables.weight, -2, 0.0)).sum(-1)
@@ -75,8 +84,8 @@ def decay_tables_backward(
         + lam_f * _shift(tables.f, -1, 0.0)
     )
     columns = torch.cat([lam_c, lam_f.unsqueeze(-1)], -1)
-    columns[..., -1, :b] += d_last_surprise
-    columns[..., -1, b] += d_last_m
+    columns[..., -1, :b] += d.last[..., 1]
+    columns[..., -1, b] += d.carry[..., 2]
     mu = tables.momentum_decay.mT @ columns
     mu_n, mu_m = mu[..., :b].tril(), mu[..., b]
     d_momentum = (mu_n * _shift(tables.surprise, -2, 0.0)).sum(-1) + mu_m * _shift(tables.m, -1, 1.0)

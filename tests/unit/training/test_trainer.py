@@ -15,7 +15,7 @@ from titans_pretrain.training.signals import StopRequest
 
 def run(trainer, run_dir, stop=None):
     run_dir.mkdir(exist_ok=True)
-    logger = JsonlLogger(run_dir / "metrics.jsonl", keep_until=trainer.step)
+    logger = JsonlLogger(run_dir / "metrics.jsonl", trainer.step, trainer.validated)
     progress = Progress(trainer.config.train.steps, trainer.step, 1)
     trainer.run(run_dir, [logger], progress, stop or StopRequest())
     logger.close()
@@ -154,6 +154,32 @@ def test_a_signal_saves_after_the_step_and_stops(make_trainer, tmp_path, number)
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_during_a_validation_puts_it_off(make_trainer, tmp_path):
+    """The next process runs it first, and its line stands in the metrics once."""
+    straight = run(make_trainer(steps=4, validate=True, eval_every=2), tmp_path / "straight")
+    interrupted = make_trainer(steps=4, validate=True, eval_every=2)
+    validation_reader = interrupted.validator.reader
+    draw = validation_reader._draw
+
+    def signalled(row):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return draw(row)
+
+    validation_reader._draw = signalled
+    with StopRequest() as stop:
+        run(interrupted, tmp_path / "run", stop)
+    assert interrupted.step == 2
+    for _ in range(2):  # the second time as after a kill -9: from the same checkpoint, with lines after it
+        resumed = make_trainer(steps=4, validate=True, eval_every=2)
+        resumed.resume(tmp_path / "run/checkpoints/step-00000002")
+        run(resumed, tmp_path / "run")
+    assert_same(weights(straight), weights(resumed))
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [(line["step"], "loss" in line) for line in lines] == [
+        (1, True), (2, True), (2, False), (3, True), (4, True), (4, False),
+    ]  # fmt: skip
+
+
 def test_a_second_ctrl_c_stops_at_once():
     with pytest.raises(KeyboardInterrupt), StopRequest():
         os.kill(os.getpid(), signal.SIGINT)
@@ -187,7 +213,7 @@ def test_every_line_of_the_metrics_is_whole(make_trainer, tmp_path):
 
 def test_a_cut_off_last_line_is_dropped_on_resume(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    JsonlLogger(tmp_path / "metrics.jsonl", keep_until=2).close()
+    JsonlLogger(tmp_path / "metrics.jsonl", step=2, validated=2).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

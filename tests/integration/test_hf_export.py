@@ -1,0 +1,117 @@
+"""An exported run in a process where this package cannot be imported: the same logits, text and tokens."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from titans_pretrain.checkpoint import save_checkpoint
+from titans_pretrain.config import Config, DataConfig, RunConfig
+from titans_pretrain.config.model import VARIANTS, MacConfig, MemoryConfig, ModelConfig
+from titans_pretrain.data_prep.tokenizer import ByteTokenizer
+from titans_pretrain.hf.export import export_checkpoint
+from titans_pretrain.models import build_model
+
+TEXT = "A memory that learns at test time; <|titans_eos|> is text here."
+NEW = 10
+
+# Loads every folder named on the command line, as a user would, and saves what came out.
+USER = """
+import sys
+
+class NoTitans:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "titans_pretrain":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NoTitans())
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+text, new, results, *folders = sys.argv[1:]
+out = {}
+for folder in folders:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    inputs = tokenizer(text, return_tensors="pt")
+    again = results + "-again"
+    model.save_pretrained(again)
+    again = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+    with torch.no_grad():
+        out[folder] = {
+            "ids": inputs.input_ids,
+            "logits": model.double()(**inputs).logits,
+            "again": again.double()(**inputs).logits,
+            "generated": model.generate(**inputs, max_new_tokens=int(new), min_new_tokens=int(new), do_sample=False),
+            "problems": [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]],
+            "half": AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)(**inputs).logits,
+        }
+assert not any(name.partition(".")[0] == "titans_pretrain" for name in sys.modules)
+torch.save(out, results)
+"""
+
+
+def make_run(folder, variant):
+    """A run folder with one checkpoint, as training leaves it, and its model."""
+    model_config = ModelConfig(
+        variant=variant, dim=32, layers=2, heads=2, vocab_size=260, window=12, persistent_tokens=3,
+        tie_embeddings=variant != "mal", memory=MemoryConfig(heads=2, chunk_size=4), mac=MacConfig(segment=16),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = build_model(model_config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 8, dtype=torch.int64), labels=torch.zeros(1, 8, dtype=torch.int64)).loss.backward()
+    optimizer.step()
+    config = Config(model=model_config, data=DataConfig(seq_len=64), run=RunConfig(name="demo", dir=str(folder)))
+    ByteTokenizer().save(folder / "tokenizer")
+    save_checkpoint(folder, config, model, optimizer, {"step": 7})
+    return model
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """{variant: (the trained model, what a user's process got from its export)}."""
+    folder = tmp_path_factory.mktemp("hf")
+    models = {variant: make_run(folder / f"run-{variant}", variant) for variant in VARIANTS}
+    outs = {variant: export_checkpoint(folder / f"run-{variant}", folder / f"out-{variant}") for variant in VARIANTS}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    arguments = [TEXT, str(NEW), str(folder / "results.pt"), *map(str, outs.values())]
+    subprocess.run([sys.executable, "-c", USER, *arguments], check=True, env=environment, cwd=folder, timeout=300)
+    results = torch.load(folder / "results.pt")
+    return {variant: (models[variant], results[str(outs[variant])]) for variant in VARIANTS}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_an_export_computes_what_was_trained(loaded, variant):
+    model, got = loaded[variant]
+    assert got["problems"] == []
+    assert got["ids"].tolist()[0] == ByteTokenizer().encode(TEXT).tolist()
+    exact = model.double()(got["ids"]).logits
+    assert exact.std() > 0.5  # not the flat logits of a fresh model
+    assert_close(got["logits"], exact, rtol=1e-10, atol=1e-10)
+    assert_close(got["again"], exact, rtol=1e-10, atol=1e-10)
+    assert (got["half"].double() - exact).square().mean().sqrt() < 0.1 * exact.std()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_an_export_generates_what_the_model_would(loaded, variant):
+    model, got = loaded[variant]
+    model, ids, state = model.double(), got["ids"], None
+    out = model(ids)
+    for _ in range(NEW):
+        logits = out.logits[:, -1:]
+        logits[..., 256] = float("-inf")  # min_new_tokens forbids the end
+        ids = torch.cat((ids, logits.argmax(-1)), 1)
+        state = out.state
+        out = model(ids[:, -1:], state=state)
+    assert torch.equal(got["generated"], ids)

@@ -1,0 +1,336 @@
+"""`titans-pretrain train` end to end on a small corpus: interruptions, resuming, bad input."""
+
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from titans_pretrain.data_prep import cli as data_cli
+
+from titans_pretrain import cli
+from titans_pretrain.models import TitansForCausalLM
+from titans_pretrain.training.loggers import read_metrics
+
+TINY = Path(__file__).parents[2] / "configs/tiny.yaml"
+# smaller still, and with two micro-batches a step
+SMALL = [
+    "model.dim=32",
+    "data.seq_len=64",
+    "train.micro_batch=1",
+    "train.global_batch=2",
+    "train.eval_batches=2",
+    "model.mac.segment=32",
+]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Documents of 20 to 2000 bytes, so that rows hold several and some fill several rows."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    words = ["memory", "learns", "while", "it", "reads", "and", "forgets", "the", "rest"]
+    for i in range(60):
+        (folder / f"{i:02}.txt").write_text(" ".join(draw.choice(words) for _ in range(draw.randint(4, 300))))
+    arguments = ["tokenize", str(folder), "--suffix", ".txt", "--tokenizer", "byte", "--out", str(folder / "data")]
+    with pytest.raises(SystemExit) as e:
+        data_cli.main([*arguments, "--validation", "0.2", "--workers", "1"])
+    assert not e.value.code
+    return folder / "data"
+
+
+@pytest.fixture
+def train(data, tmp_path):
+    """train("key=value", ...) -> exit code, in tmp_path/run unless told otherwise."""
+
+    def train(*overrides: str) -> int:
+        return cli.main(["train", str(TINY), *SMALL, f"data.path={data}", f"run.dir={tmp_path}/run", *overrides])
+
+    return train
+
+
+def start(data: Path, run_dir: Path, *overrides: str) -> subprocess.Popen:
+    """The real command in a process of its own."""
+    arguments = ["train", str(TINY), *SMALL, f"data.path={data}", f"run.dir={run_dir}", *overrides]
+    return subprocess.Popen(
+        [sys.executable, "-m", "titans_pretrain", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    while process.poll() is None:
+        lines = read_metrics(run_dir / "metrics.jsonl")
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"ended with {process.returncode} before step {step}: {process.communicate()[1]}")
+
+
+def without_clocks(run_dir: Path) -> list[dict]:
+    clocks = ("tokens_per_second", "peak_memory_mib")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def test_killed_and_stopped_runs_end_with_the_same_bits(data, tmp_path):
+    """20 steps = 10 steps, kill -9 after step 12 + steps up to a SIGTERM after step 14 + the rest."""
+    settings = ["train.steps=20", "train.checkpoint_every=10", "train.eval_every=5"]
+    straight = start(data, tmp_path / "straight", *settings)
+    assert straight.wait() == 0, straight.communicate()[1]
+
+    run = tmp_path / "run"
+    killed = start(data, run, *settings)
+    wait_for_step(killed, run, 12)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert (run / "checkpoints/latest").read_text() == "step-00000010\n"
+
+    stopped = start(data, run, *settings)
+    wait_for_step(stopped, run, 14)  # of this process: opening metrics.jsonl dropped the lines after step 10
+    stopped.send_signal(signal.SIGTERM)
+    out, err = stopped.communicate()
+    assert stopped.returncode == 85, err
+    assert "goes on from" in out
+    assert "stopped by SIGTERM: saved" in err
+    step = json.loads(
+        (run / "checkpoints" / (run / "checkpoints/latest").read_text().strip() / "trainer.json").read_text()
+    )["step"]
+    assert 14 <= step < 20
+
+    last = start(data, run, *settings)
+    assert last.wait() == 0, last.communicate()[1]
+    for name in ("model.safetensors", "optimizer.safetensors", "trainer.json"):
+        expected = (tmp_path / "straight/checkpoints/step-00000020" / name).read_bytes()
+        assert (run / "checkpoints/step-00000020" / name).read_bytes() == expected, name
+    assert without_clocks(run) == without_clocks(tmp_path / "straight")
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal", "transformer"])
+def test_every_variant_learns(train, tmp_path, variant):
+    assert train(f"model.variant={variant}", "train.steps=12", "train.eval_every=12", "train.lr=1e-2") == 0
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert lines[-1]["validation_loss"] < lines[0]["loss"] - 1.0
+    assert all(line["tokens"] > 0 and math.isfinite(line["grad_norm"]) for line in lines if "loss" in line)
+    assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_recompute_and_accumulation_change_nothing(train, tmp_path):
+    losses = {}
+    for name, settings in {
+        "plain": ["train.micro_batch=2"],
+        "recompute": ["train.micro_batch=2", "train.recompute=block"],
+        "accumulated": ["train.micro_batch=1"],
+    }.items():
+        assert train("train.steps=4", "train.eval_every=0", f"run.dir={tmp_path}/{name}", *settings) == 0
+        losses[name] = [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+    assert losses["recompute"] == losses["plain"]
+    assert losses["accumulated"] == pytest.approx(losses["plain"], rel=1e-5)
+
+
+def test_bf16_computes_in_bf16_and_keeps_float32_parameters(train, tmp_path, monkeypatch):
+    seen = set()
+    forward = TitansForCausalLM.forward
+
+    def watching(self, *args, **kwargs):
+        hook = self.layers[0].mlp.up_proj.register_forward_hook(lambda m, i, out: seen.add(out.dtype))
+        out = forward(self, *args, **kwargs)
+        seen.update(w.dtype for w in out.state.layers[0].memory.memory.weights)
+        hook.remove()
+        return out
+
+    monkeypatch.setattr(TitansForCausalLM, "forward", watching)
+    assert train("train.steps=3", "train.precision=bf16", "train.eval_every=3") == 0
+    assert seen == {torch.bfloat16, torch.float32}  # matrix products, memory weights
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "run/checkpoints/step-00000003/model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float32}
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[2]["loss"] < math.log(512)
+
+
+def error_of(capsys) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, lines
+    assert lines[-1] == errors[0]  # nothing after it, no traceback
+    return errors[0]
+
+
+def test_nan_ends_with_one_line_and_the_checkpoint_stays(train, tmp_path, monkeypatch, capsys):
+    assert train("train.steps=2") == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run/checkpoints/step-00000002").iterdir()}
+    forward = TitansForCausalLM.forward
+
+    def poisoned(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        if self.training:
+            out.loss = out.loss * float("nan")
+        return out
+
+    monkeypatch.setattr(TitansForCausalLM, "forward", poisoned)
+    capsys.readouterr()
+    assert train("train.steps=6") == 2
+    message = error_of(capsys)
+    assert "step 3: the loss is nan" in message
+    assert "step-00000002" in message
+    assert "lower train.lr" in message
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run/checkpoints/step-00000002").iterdir()} == before
+    monkeypatch.setattr(TitansForCausalLM, "forward", forward)
+    assert train("train.steps=6") == 0  # and it goes on from there
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.path=null"], "data.path is not set"),
+        (["data.path=gone"], "gone/manifest.json: no such file"),
+        (["data.path={tmp_path}"], "manifest.json: no such file; is data.path a folder that"),
+        (["model.vocab_size=100"], "model.vocab_size=100 is too small for the data's tokenizer of 259 ids"),
+        (["data.seq_len=0"], "data.seq_len must be 1 or more, got 0"),
+        (["data.seq_len=100"], "data.seq_len=100 must be a multiple of model.memory.chunk_size=16"),
+        (["model.variant=mac", "data.seq_len=80"], "data.seq_len=80 must be a multiple of model.mac.segment=32"),
+        (["train.steps=many"], "train.steps = 'many': must be an integer"),
+        (["version=2"], "version 2 is newer than version 1"),
+        (["train.resume=gone"], "no run or checkpoint folder gone"),
+        (["train.resume={tmp_path}"], "holds no checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(train, tmp_path, capsys, overrides, message):
+    assert train(*(text.format(tmp_path=tmp_path) for text in overrides)) == 2
+    assert message in error_of(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_is_not_there_is_named(train, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert train("train.device=cuda") == 2
+    assert "train.device=cuda, but torch sees no GPU here" in error_of(capsys)
+
+
+def test_several_processes_are_refused(train, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train() == 2
+    assert "WORLD_SIZE=2: this build trains on one process so far" in error_of(capsys)
+
+
+def test_debugging_shows_the_traceback(train, monkeypatch):
+    monkeypatch.setenv("TITANS_DEBUG", "1")
+    with pytest.raises(ValueError, match="data.path is not set"):
+        train("data.path=null")
+
+
+def test_another_model_or_other_data_is_refused_on_resume(train, tmp_path, capsys):
+    assert train("train.steps=2") == 0
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert train("train.steps=4", "model.layers=3") == 2
+    assert "was written by another model: model.layers is 2 there and 3 here" in error_of(capsys)
+    assert train("train.steps=4", "train.seed=5") == 2
+    assert "data cursor has seed=0, this run has seed=5" in error_of(capsys)
+    assert train("train.steps=4", "train.resume=never") == 2
+    assert "train.resume=never would train over it" in error_of(capsys)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    assert train("train.steps=3", "model.memory.backend=reference", "train.lr=1e-3") == 0
+    assert "train.lr: 0.003 -> 0.001" in capsys.readouterr().out
+
+
+def test_a_new_run_from_a_checkpoint_of_another(train, tmp_path):
+    assert (
+        train("train.steps=4", "train.checkpoint_every=2", "train.lr=1e-3", "train.min_lr=1e-3", "train.warmup_steps=0")
+        == 0
+    )
+    settings = [
+        "train.steps=4",
+        "train.lr=1e-3",
+        "train.min_lr=1e-3",
+        "train.warmup_steps=0",
+        f"run.dir={tmp_path}/other",
+    ]
+    assert train(*settings, f"train.resume={tmp_path}/run/checkpoints/step-00000002") == 0
+    expected = (tmp_path / "run/checkpoints/step-00000004/model.safetensors").read_bytes()
+    assert (tmp_path / "other/checkpoints/step-00000004/model.safetensors").read_bytes() == expected
+    assert [line["step"] for line in without_clocks(tmp_path / "other")] == [3, 4, 4]
+    assert train(*settings, "train.resume=gone") == 0  # its own checkpoint comes first
+    assert [line["step"] for line in without_clocks(tmp_path / "other")] == [3, 4, 4]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_over(train, tmp_path, monkeypatch):
+    from titans_pretrain.training.trainer import Trainer
+
+    def broken(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", broken)
+        assert train("train.steps=2") == 2
+    assert train("train.steps=2") == 0
+    assert [line["step"] for line in without_clocks(tmp_path / "run")] == [1, 2, 2]
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_stays(train, tmp_path, capsys):
+    assert train("train.steps=2") == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run/checkpoints/step-00000002").iterdir()}
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # writing more than that into one file fails
+    try:
+        assert train("train.steps=4") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = error_of(capsys)
+    assert "step 4: cannot write" in message
+    assert "File too large" in message
+    assert "make room there and give the same command again" in message
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-00000002"]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run/checkpoints/step-00000002").iterdir()} == before
+    assert train("train.steps=4") == 0
+
+
+def test_tensorboard_gets_every_number(train, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train("train.steps=2", "run.tensorboard=true", "train.eval_every=2") == 0
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (i + 1, pytest.approx(lines[i]["loss"])) for i in range(2)
+    ]
+    assert events.Scalars("validation_loss")[0].value == pytest.approx(lines[2]["validation_loss"])
+
+
+@pytest.mark.parametrize("breaks_at", ["import", "log"])
+def test_a_broken_wandb_does_not_end_the_run(train, tmp_path, monkeypatch, capsys, breaks_at):
+    logged = []
+
+    class Run:
+        def log(self, values, step):
+            logged.append((step, values["loss"]))
+            if step == 2:
+                raise ConnectionError("no\nnetwork")
+
+    class Wandb:
+        def init(self, **options):
+            assert options["mode"] == "offline"
+            assert options["project"] == "titans"
+            return Run()
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", None if breaks_at == "import" else Wandb())
+    assert train("train.steps=3", "run.wandb=titans", "train.eval_every=0") == 0
+    assert [step for step, _ in logged] == ([] if breaks_at == "import" else [1, 2])
+    assert capsys.readouterr().err.count("wandb is off: ") == 1
+    assert len(read_metrics(tmp_path / "run/metrics.jsonl")) == 3

@@ -1,0 +1,366 @@
+"""Shards: what is in them, and that neither workers nor interruptions change a byte."""
+
+import hashlib
+import json
+import re
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from titans_pretrain.data.manifest import MANIFEST, Manifest
+from titans_pretrain.data_prep.merge import merge
+from titans_pretrain.data_prep.shards import ShardWriter, tar_sample
+from titans_pretrain.data_prep.sources import InputFile
+from titans_pretrain.data_prep.tokenize import CleanOptions, TokenizeOptions, files_of_part, tokenize
+from titans_pretrain.data_prep.tokenizer import ByteTokenizer, load_tokenizer
+from titans_pretrain.data_prep.verify import verify
+
+TOKENIZER = ByteTokenizer()
+
+
+def texts_of(folder: Path, split: str) -> list[str]:
+    """All documents of a split, read through tarfile alone."""
+    texts = []
+    manifest = Manifest.from_json((folder / MANIFEST).read_text())
+    for shard in manifest.splits[split]:
+        with tarfile.open(folder / shard.name) as tar:
+            for member in tar:
+                if member.name.endswith(".tokens.bin"):
+                    texts.append(TOKENIZER.decode(np.frombuffer(tar.extractfile(member).read(), "<u2")))
+    return texts
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Five files of 40 documents."""
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    texts = [f"document {i} " + "xyz\n" * (i % 50) for i in range(200)]
+    for part in range(5):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[40 * part : 40 * part + 40]]
+        (folder / f"{part}.jsonl").write_text("".join(lines))
+    return folder, texts
+
+
+SMALL = {"shard_size": 20_000, "validation": 0.1}
+
+
+def test_documents_arrive_once_and_in_order(inputs, tmp_path):
+    folder, texts = inputs
+    manifest = tokenize([str(folder)], TOKENIZER, tmp_path / "data", TokenizeOptions(**SMALL))
+    train, validation = (texts_of(tmp_path / "data", split) for split in ("train", "validation"))
+    assert sorted(train + validation) == sorted(texts)
+    assert train == [text for text in texts if text in set(train)]
+    assert 5 < len(validation) < 40
+    assert len(manifest.splits["train"]) > 3
+    assert all(shard.bytes <= 20_000 + 1024 for shard in manifest.splits["train"])
+    assert manifest.totals("train")["tokens"] == sum(len(text.encode()) + 1 for text in train)
+    assert verify(tmp_path / "data") == []
+    names = {path.name for path in (tmp_path / "data").iterdir()} - {".lock"}
+    shards = {s.name for shards in manifest.splits.values() for s in shards}
+    assert names == {MANIFEST, "tokenizer"} | shards | {name + ".idx.npy" for name in shards}
+
+
+def test_shards_are_stock_webdataset(inputs, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    folder, texts = inputs
+    tokenize([str(folder)], TOKENIZER, tmp_path / "data", TokenizeOptions(validation=0.0))
+    samples = list(webdataset.WebDataset(str(tmp_path / "data" / "train-000000.tar"), shardshuffle=False))
+    assert [TOKENIZER.decode(np.frombuffer(sample["tokens.bin"], "<u2")) for sample in samples] == texts
+    metadata = json.loads(samples[41]["json"])
+    assert (metadata["source"], metadata["record"]) == ("1.jsonl", 1)
+    assert len({sample["__key__"] for sample in samples}) == len(texts)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_result_does_not_depend_on_workers(inputs, tmp_path, workers, monkeypatch):
+    monkeypatch.setattr("titans_pretrain.data_prep.tokenize.CHUNK_BYTES", 500)
+    folder, _ = inputs
+    options = TokenizeOptions(**SMALL, clean=CleanOptions(deduplicate=True))
+    tokenize([str(folder)], TOKENIZER, tmp_path / "one", options)
+    monkeypatch.setattr("titans_pretrain.data_prep.tokenize.CHUNK_BYTES", 3000)
+    tokenize([str(folder)], TOKENIZER, tmp_path / "many", options, workers=workers)
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "many")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9])
+@pytest.mark.parametrize("site", ["add", "checkpoint", "replace"])
+def test_resume_from_every_moment(inputs, tmp_path, monkeypatch, site, checkpoint_seconds):
+    """Stops the run at its n-th write, for many n, and lets it go on: the bytes are those of an undisturbed run."""
+    monkeypatch.setattr("titans_pretrain.data_prep.tokenize.CHUNK_BYTES", 300)
+    folder, _ = inputs
+    options = TokenizeOptions(**SMALL, clean=CleanOptions(deduplicate=True))
+    tokenize([str(folder)], TOKENIZER, tmp_path / "whole", options)
+    calls = Counter()
+    limit = 0
+
+    def dying(original, after: bool):
+        def call(*arguments):
+            calls[site] += 1
+            if calls[site] == limit and not after:
+                raise Killed
+            result = original(*arguments)
+            if calls[site] == limit:
+                raise Killed
+            return result
+
+        return call
+
+    targets = {
+        "add": "titans_pretrain.data_prep.shards.ShardWriter.add",
+        "checkpoint": "titans_pretrain.data_prep.tokenize.write_text",
+        "replace": "titans_pretrain.data_prep.shards.os.replace",
+    }
+    module, _, name = targets[site].rpartition(".")
+    import pkgutil
+
+    owner = pkgutil.resolve_name(module)
+    original = getattr(owner, name)
+    kills = 0
+    for after in (False, True):
+        out = tmp_path / f"out{after}"
+        limit, step = 1, 7 if site == "add" else 2
+        while True:
+            calls.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, dying(original, after))
+                try:
+                    tokenize([str(folder)], TOKENIZER, out, options, checkpoint_seconds=checkpoint_seconds)
+                    break
+                except Killed:
+                    kills += 1
+                    assert kills < 500
+                    limit += step
+        assert hashes(out) == hashes(tmp_path / "whole")
+    assert kills >= 4
+
+
+def test_unfinished_run_reads_as_nothing(inputs, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from titans_pretrain.data import build_reader
+
+    monkeypatch.setattr("titans_pretrain.data_prep.tokenize.Run.finish", lambda run: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        tokenize([str(inputs[0])], TOKENIZER, tmp_path / "data", TokenizeOptions(**SMALL))
+    data = SimpleNamespace(
+        path=str(tmp_path / "data"),
+        seq_len=64,
+        mixture={},
+        reset_documents=True,
+        split_long_documents=True,
+        cache_dir=None,
+        on_bad_shard="stop",
+    )
+    config = SimpleNamespace(
+        data=data,
+        train=SimpleNamespace(seed=0, micro_batch=1),
+        model=SimpleNamespace(vocab_size=300, document_multiple=8),
+    )
+    with pytest.raises(ValueError, match="finished"):
+        build_reader(config)
+    with pytest.raises(ValueError, match="did not finish"):
+        verify(tmp_path / "data")
+
+
+def test_finished_run_is_left_alone(inputs, tmp_path):
+    options = TokenizeOptions(**SMALL)
+    tokenize([str(inputs[0])], TOKENIZER, tmp_path / "data", options)
+    before = hashes(tmp_path / "data")
+    tokenize([str(inputs[0])], TOKENIZER, tmp_path / "data", options)
+    assert hashes(tmp_path / "data") == before
+    with pytest.raises(ValueError, match="choose another"):
+        tokenize([str(inputs[0])], TOKENIZER, tmp_path / "data", TokenizeOptions())
+
+
+def test_run_with_other_options_does_not_go_on(inputs, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("titans_pretrain.data_prep.tokenize.Run.append", lambda *a: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            tokenize([str(inputs[0])], TOKENIZER, tmp_path / "data", TokenizeOptions(**SMALL))
+    with pytest.raises(ValueError, match="unfinished run with other"):
+        tokenize([str(inputs[0])], TOKENIZER, tmp_path / "data", TokenizeOptions())
+
+
+def test_foreign_shards_are_not_overwritten(inputs, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-000000.tar").write_text("precious")
+    with pytest.raises(ValueError, match="empty folder"):
+        tokenize([str(inputs[0])], TOKENIZER, tmp_path / "data")
+
+
+def write_lines(path: Path, texts) -> list[str]:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return [str(path)]
+
+
+def test_deduplication_keeps_the_first(tmp_path):
+    paths = write_lines(tmp_path / "a.jsonl", ["one", "two", "one", "three", "two", "one"])
+    paths += write_lines(tmp_path / "b.jsonl", ["four", "three"])
+    options = TokenizeOptions(validation=0.0, clean=CleanOptions(deduplicate=True))
+    manifest = tokenize(paths, TOKENIZER, tmp_path / "data", options)
+    assert texts_of(tmp_path / "data", "train") == ["one", "two", "three", "four"]
+    assert manifest.source["dropped"] == {"duplicate": 4}
+    assert manifest.source["documents_read"] == 8
+
+
+@pytest.mark.parametrize(
+    "clean, kept, reason",
+    [
+        (CleanOptions(min_characters=4), ["long enough", "12 34 !! ?? ** ##"], "too_short"),
+        (CleanOptions(max_characters=12), ["abc", "long enough"], "too_long"),
+        (CleanOptions(min_letters=0.7), ["abc", "long enough"], "few_letters"),
+        (CleanOptions(must_match="[a-z]"), ["abc", "long enough"], "no_match"),
+        (CleanOptions(must_not_match=r"\d{2}"), ["abc", "long enough"], "match"),
+    ],
+)
+def test_filters(tmp_path, clean, kept, reason):
+    paths = write_lines(tmp_path / "a.jsonl", ["abc", "long enough", "12 34 !! ?? ** ##"])
+    options = TokenizeOptions(validation=0.0, clean=clean)
+    manifest = tokenize(paths, TOKENIZER, tmp_path / "data", options)
+    assert texts_of(tmp_path / "data", "train") == kept
+    assert manifest.source["dropped"] == {reason: 3 - len(kept)}
+
+
+def test_empty_documents_are_dropped(tmp_path):
+    manifest = tokenize(write_lines(tmp_path / "a.jsonl", ["", "x"]), TOKENIZER, tmp_path / "d", TokenizeOptions(0.0))
+    assert texts_of(tmp_path / "d", "train") == ["x"]
+    assert manifest.source["dropped"] == {"too_short": 1}
+
+
+def test_split_follows_the_text_alone(inputs, tmp_path):
+    """The same document is on the same side in every corpus, whatever stands around it."""
+    folder, texts = inputs
+    tokenize([str(folder)], TOKENIZER, tmp_path / "all", TokenizeOptions(0.2))
+    tokenize(write_lines(tmp_path / "r.jsonl", texts[::-2]), TOKENIZER, tmp_path / "half", TokenizeOptions(0.2))
+    every, half = set(texts_of(tmp_path / "all", "validation")), set(texts_of(tmp_path / "half", "validation"))
+    assert half == every & set(texts[::-2])
+    tokenize([str(folder)], TOKENIZER, tmp_path / "less", TokenizeOptions(0.1))
+    assert set(texts_of(tmp_path / "less", "validation")) < every
+
+
+def test_bad_record_stops_with_its_place_or_is_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": \n{"text": "y"}\n')
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"a\.jsonl, record 1: .*--skip-bad-records"):
+        tokenize([str(tmp_path / "a.jsonl")], TOKENIZER, tmp_path / "d1", TokenizeOptions(0.0))
+    with pytest.raises(ValueError, match=r"b\.txt, record 0: .*utf-8"):
+        tokenize([str(tmp_path / "b.txt")], TOKENIZER, tmp_path / "d2", TokenizeOptions(0.0), workers=1)
+    options = TokenizeOptions(0.0, clean=CleanOptions(skip_bad_records=True))
+    manifest = tokenize([str(tmp_path / "*.jsonl"), str(tmp_path / "b.txt")], TOKENIZER, tmp_path / "d3", options)
+    assert texts_of(tmp_path / "d3", "train") == ["x", "y"]
+    assert manifest.source["dropped"] == {"bad_record": 2}
+
+
+def test_a_document_larger_than_a_shard(tmp_path):
+    texts = ["a", "b" * 50_000, "c"]
+    paths = write_lines(tmp_path / "a.jsonl", texts)
+    manifest = tokenize(paths, TOKENIZER, tmp_path / "d", TokenizeOptions(0.0, shard_size=10_000))
+    assert texts_of(tmp_path / "d", "train") == texts
+    assert [shard.documents for shard in manifest.splits["train"]] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_parts_merge_to_the_whole(inputs, tmp_path, parts):
+    folder, texts = inputs
+    for i in range(parts):
+        tokenize([str(folder)], TOKENIZER, tmp_path / "data", TokenizeOptions(**SMALL, part=(i, parts)))
+    merged = merge([str(tmp_path / "data")])
+    train, validation = (texts_of(tmp_path / "data", split) for split in ("train", "validation"))
+    assert sorted(train + validation) == sorted(texts)
+    if parts <= 5:  # as many files at least: the order of the input
+        assert train == [text for text in texts if text in set(train)]
+    tokenize([str(folder)], TOKENIZER, tmp_path / "whole", TokenizeOptions(**SMALL))
+    assert sorted(validation) == sorted(texts_of(tmp_path / "whole", "validation"))
+    assert merged.totals("train")["documents"] == len(train)
+    assert verify(tmp_path / "data") == []
+    assert not list((tmp_path / "data").glob("part-*"))
+    # what an array job that is started again does: nothing
+    with pytest.raises(ValueError, match="merged already"):
+        merge([str(tmp_path / "data")])
+
+
+def test_missing_part_is_named(inputs, tmp_path):
+    for i in (0, 2):
+        tokenize([str(inputs[0])], TOKENIZER, tmp_path / "data", TokenizeOptions(part=(i, 3)))
+    with pytest.raises(ValueError, match="part 1 of 3 is missing"):
+        merge([str(tmp_path / "data")])
+    (tmp_path / "data" / "part-00001-of-00003").mkdir()
+    with pytest.raises(ValueError, match="part-00001-of-00003 has no manifest"):
+        merge([str(tmp_path / "data")])
+
+
+def test_merge_of_folders(inputs, tmp_path):
+    folder, texts = inputs
+    for i in range(2):
+        tokenize([str(folder / f"{i}.jsonl")], TOKENIZER, tmp_path / f"d{i}", TokenizeOptions(0.0))
+    merge([str(tmp_path / "d0"), str(tmp_path / "d1")], str(tmp_path / "both"))
+    assert texts_of(tmp_path / "both", "train") == texts[:80]
+    assert verify(tmp_path / "both") == [] == verify(tmp_path / "d0")
+    tokenize([str(folder / "2.jsonl")], load_tokenizer("nucleotide"), tmp_path / "n", TokenizeOptions(0.0))
+    with pytest.raises(ValueError, match="different tokenizers"):
+        merge([str(tmp_path / "d0"), str(tmp_path / "n")], str(tmp_path / "mixed"))
+    with pytest.raises(ValueError, match="--out"):
+        merge([str(tmp_path / "d0"), str(tmp_path / "d1")])
+
+
+def test_parts_share_files_by_bytes():
+    files = [InputFile(str(i), str(i), size) for i, size in enumerate([100, 1, 1, 1, 100, 100, 50, 50])]
+    ranges = [files_of_part(files, (i, 4)) for i in range(4)]
+    assert [number for numbers, _ in ranges for number in numbers] == list(range(8))
+    assert all(rest == (0, 1) for _, rest in ranges)
+    assert max(sum(files[n].size for n in numbers) for numbers, _ in ranges) <= 150
+    assert files_of_part(files[:2], (1, 4)) == (range(2), (1, 4))
+
+
+def test_two_writers_do_not_mix(inputs, tmp_path):
+    import fcntl
+
+    (tmp_path / "data").mkdir()
+    with open(tmp_path / "data" / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is writing"):
+            tokenize([str(inputs[0])], TOKENIZER, tmp_path / "data")
+
+
+def test_unreadable_tail_of_progress_is_cut(tmp_path):
+    """What was written after a checkpoint disappears, in the tar and in the index."""
+    writer = ShardWriter(tmp_path, "train", 1 << 20, 2)
+    sample = tar_sample("a", np.arange(10, dtype="<u2"), {})
+    writer.add(sample, 20)
+    state = writer.checkpoint()
+    for _ in range(5):
+        writer.add(sample, 20)
+    writer.checkpoint()
+    again = ShardWriter(tmp_path, "train", 1 << 20, 2, state)
+    again.add(tar_sample("b", np.arange(5, dtype="<u2"), {}), 10)
+    (shard,) = again.finish()
+    assert (shard.documents, shard.tokens) == (2, 15)
+    with tarfile.open(tmp_path / shard.name) as tar:
+        assert [m.name for m in tar] == ["a.tokens.bin", "a.json", "b.tokens.bin", "b.json"]
+
+
+def test_long_names_and_metadata_fit(tmp_path):
+    folder = tmp_path / ("d" * 200) / ("e" * 200)
+    folder.mkdir(parents=True)
+    (folder / "ü.txt").write_text("text")
+    tokenize([str(tmp_path)], TOKENIZER, tmp_path / "data", TokenizeOptions(0.0, suffixes=(".txt",)))
+    with tarfile.open(tmp_path / "data" / "train-000000.tar") as tar:
+        (name,) = [member.name for member in tar if member.name.endswith("json")]
+        assert re.fullmatch(r"\d{6}-\d{9}\.json", name)
+        assert json.loads(tar.extractfile(name).read())["source"].endswith("ü.txt")

@@ -1,0 +1,253 @@
+"""The Hugging Face wrapper: cached decoding, padding, beams, kept caches, loss; against the model itself."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import DynamicCache
+
+from titans_pretrain.config.model import VARIANTS
+from titans_pretrain.hf import modeling_titans
+from titans_pretrain.hf.cache_titans import TitansCache
+from titans_pretrain.hf.configuration_titans import TitansConfig
+from titans_pretrain.hf.modeling_titans import TitansForCausalLM
+
+VOCAB, PAD = 40, 3
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+
+
+def build(variant="mag", **changes):
+    """A tiny float64 model: chunks of 4, segments of 8, a window of 6; its weights large enough for peaked logits."""
+    torch.manual_seed(0)
+    config = TitansConfig(
+        **{
+            "variant": variant, "dim": 16, "layers": 2, "heads": 2, "vocab_size": VOCAB, "window": 6, "persistent_tokens": 2,
+            "memory": {"heads": 2, "chunk_size": 4}, "mac": {"segment": 8}, **changes,
+        }
+    )  # fmt: skip
+    model = TitansForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.4)
+    return model
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(PAD + 1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padded(rows, side="left"):
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), PAD), torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), None) if side == "left" else slice(len(row))
+        ids[i, where], mask[i, where] = row, 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("prompt", [1, 3, 4, 6, 7, 8, 9, 16, 21])
+@torch.no_grad()
+def test_cached_decoding_equals_the_full_forward(variant, prompt):
+    model, ids = build(variant), tokens(2, 26)
+    cache = TitansCache()
+    logits = [model(ids[:, :prompt], past_key_values=cache).logits]
+    for t in range(prompt, ids.shape[1]):
+        logits.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
+    assert cache.get_seq_length() == ids.shape[1]
+    assert_close(torch.cat(logits, 1), model.model(ids).logits, **EXACT)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generate_is_greedy_search_over_full_forwards(variant):
+    model, ids = build(variant), tokens(2, 7)
+    out = model.generate(ids, **GREEDY)
+    with torch.no_grad():
+        for _ in range(GREEDY["max_new_tokens"]):
+            ids = torch.cat((ids, model.model(ids).logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(out, ids)
+    assert len(out.unique()) > 4  # a model that repeats one token would hide much
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_left_padded_batch_generates_as_single_rows(variant):
+    model = build(variant)
+    rows = [tokens(n, seed=n) for n in (5, 11, 2, 16)]
+    ids, mask = padded(rows)
+    out = model.generate(ids, attention_mask=mask, **GREEDY)
+    for i, row in enumerate(rows):
+        assert torch.equal(out[i, ids.shape[1] :], model.generate(row[None], **GREEDY)[0, len(row) :])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding_is_not_read(side):
+    model = build()
+    rows = [tokens(n, seed=n) for n in (5, 11, 2)]
+    ids, mask = padded(rows, side)
+    out = model(ids, attention_mask=mask)
+    for i, row in enumerate(rows):
+        assert torch.equal(out.logits[i, mask[i].bool()], model(row[None]).logits[0])
+        assert (out.logits[i, ~mask[i].bool()] == 0).all()
+    other = ids.masked_fill(mask == 0, 17)
+    assert torch.equal(model(other, attention_mask=mask).logits, out.logits)
+    last = model(ids, attention_mask=mask, logits_to_keep=1).logits
+    assert torch.equal(last, out.logits[:, -1:])
+
+
+@pytest.mark.parametrize("pad", [False, True], ids=["equal", "padded"])
+def test_beam_search_with_the_cache_equals_without(pad):
+    model = build("mac")
+    ids, mask = padded([tokens(9, seed=1), tokens(6 if pad else 9, seed=2)])
+    options = {**GREEDY, "num_beams": 3}
+    with_cache = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(with_cache, model.generate(ids, attention_mask=mask, use_cache=False, **options))
+    assert not torch.equal(with_cache, model.generate(ids, attention_mask=mask, **GREEDY))
+
+
+@pytest.mark.parametrize("pad", [False, True], ids=["equal", "padded"])
+def test_prefill_in_chunks_equals_one_prefill(pad):
+    model = build("mac")
+    ids, mask = padded([tokens(17, seed=1), tokens(6 if pad else 17, seed=2)])
+    whole = model.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(whole, model.generate(ids, attention_mask=mask, prefill_chunk_size=5, **GREEDY))
+
+
+def test_a_kept_cache_goes_on_with_the_conversation():
+    model, first, second = build("mal"), tokens(1, 9, seed=1), tokens(1, 5, seed=2)
+    cache = TitansCache()
+    said = model.generate(first, past_key_values=cache, **GREEDY)
+    assert cache.get_seq_length() == said.shape[1] - 1  # the last token has not been read yet
+    asked = torch.cat((said, second), 1)
+    options = {**GREEDY, "attention_mask": torch.ones_like(asked)}
+    assert torch.equal(model.generate(asked, past_key_values=cache, **options), model.generate(asked, **options))
+
+
+@torch.no_grad()
+def test_a_long_prompt_is_read_in_pieces(monkeypatch):
+    model, ids = build("mac"), tokens(2, 23)
+    whole = model(ids)
+    monkeypatch.setattr(modeling_titans, "PIECE", 5)
+    last = model(ids, logits_to_keep=1)
+    assert_close(last.logits, whole.logits[:, -1:], **EXACT)
+    after = tokens(2, 4, seed=5)
+    onwards = [model(after, past_key_values=out.past_key_values).logits for out in (last, whole)]
+    assert_close(*onwards, **EXACT)
+
+
+@torch.no_grad()
+def test_logits_to_keep():
+    model, ids = build(), tokens(2, 9)
+    logits = model(ids).logits
+    assert torch.equal(model(ids, logits_to_keep=3).logits, logits[:, -3:])
+    assert torch.equal(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, logits[:, [1, 4]])
+
+
+def test_loss_shifts_the_labels_and_leaves_padding_out():
+    model = build()
+    ids = tokens(2, 12)
+    labels = ids.clone()
+    labels[:, 5] = -100
+    targets = torch.cat((labels[:, 1:], torch.full((2, 1), -100)), 1)
+    loss = model(ids, labels=labels).loss
+    expected = model.model(ids, labels=targets).loss
+    # the library takes the cross-entropy in float32
+    assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert_close(
+        model(ids, labels=labels, num_items_in_batch=7).loss.double(), expected * 21 / 7 * 20 / 21, rtol=1e-5, atol=0
+    )
+    rows = [ids[0], ids[1, :4]]
+    for side in ("left", "right"):
+        batch, mask = padded(rows, side)
+        padded_labels = batch.masked_fill(mask == 0, -100)
+        each = torch.stack([model(row[None], labels=row[None]).loss * (len(row) - 1) for row in rows])
+        assert_close(
+            model(batch, attention_mask=mask, labels=padded_labels).loss, each.sum() / (11 + 3), rtol=1e-5, atol=0
+        )
+
+
+def test_every_parameter_learns():
+    model = build("mac").train()
+    ids, mask = padded([tokens(17, seed=1), tokens(10, seed=2)])
+    out = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    out.loss.backward()
+    assert out.past_key_values is None
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@torch.no_grad()
+def test_bfloat16_keeps_the_memory_in_float32():
+    out = build().bfloat16()(tokens(2, 9))
+    memory = out.past_key_values.content.states.layers[0].memory.memory
+    assert out.logits.dtype == torch.bfloat16
+    assert {x.dtype for x in (*memory.weights, *memory.surprise)} == {torch.float32}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_more_tokens(tied):
+    model, ids = build(tie_embeddings=tied), tokens(2, 9)
+    before = model(ids).logits
+    model.resize_token_embeddings(VOCAB + 5, mean_resizing=False)
+    assert_close(model(ids).logits[..., :VOCAB], before, **EXACT)
+    assert model(torch.tensor([[VOCAB + 4]])).logits.shape[-1] == model.config.vocab_size == VOCAB + 5
+
+
+class TestCache:
+    @torch.no_grad()
+    def read(self, pad, batch=3):
+        model = build("mac")
+        rows = [tokens(9 - (i if pad else 0), seed=i) for i in range(batch)]
+        ids, mask = padded(rows)
+        cache = TitansCache()
+        model(ids, attention_mask=mask, past_key_values=cache)
+        return model, cache
+
+    @pytest.mark.parametrize("pad", [False, True], ids=["equal", "padded"])
+    @torch.no_grad()
+    def test_rows_can_be_reordered_selected_and_repeated(self, pad):
+        model, cache = self.read(pad)
+        after = tokens(3, 6, seed=7)
+        onwards = model(after, past_key_values=self.read(pad)[1]).logits
+        assert cache.layers[0].batch_size == 3
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+        cache.batch_select_indices(torch.tensor([True, False, True]))
+        cache.batch_repeat_interleave(2)
+        assert cache.layers[0].batch_size == 4
+        rows = [2, 2, 1, 1]
+        assert_close(model(after[rows], past_key_values=cache).logits, onwards[rows], **EXACT)
+
+    @pytest.mark.parametrize("pad", [False, True], ids=["equal", "padded"])
+    @torch.no_grad()
+    def test_reset_starts_over(self, pad):
+        model, cache = self.read(pad)
+        cache.reset()
+        ids = tokens(2, 5)
+        assert cache.get_seq_length() == 0
+        assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
+
+    def test_it_cannot_be_cropped(self):
+        with pytest.raises(ValueError, match="a Titans cache cannot be cropped"):
+            self.read(False)[1].crop(2)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"inputs_embeds": torch.zeros(1, 4, 16)}, "reads input_ids"),
+        ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache"),
+        ({"attention_mask": torch.ones(1, 1, 4, 4)}, r"attention_mask is \(1, 1, 4, 4\)"),
+        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask is \(1, 3\)"),
+        ({"output_hidden_states": True}, "output_hidden_states is not supported"),
+    ],
+)
+def test_what_is_not_supported_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build()(tokens(1, 4), **arguments)
+
+
+def test_assisted_decoding_is_refused():
+    model = build()
+    with pytest.raises(ValueError, match="assisted generation is not supported"):
+        model.generate(tokens(1, 4), assistant_model=build("transformer"), max_new_tokens=3)
