@@ -49,7 +49,7 @@ def memory_scan(
                             W_init = initial_state.weights
     reset                   [B, chunks touched by this call] bool: the state returns to initial_state before that chunk
     initial_state           batch 1 or B; needed by reset and forget_to="initial". Gradients flow to it
-    checkpoint_every        chunks between the states saved for the backward pass; None: about the square root of their number
+    checkpoint_every        chunks between the states saved for the backward pass; None: about the square root of their number, at most 32
     backend                 "auto", "reference" (token loop, the oracle) or "chunked" (dual form, hand-written backward)
 
     Returns y [B, T, H, D] in q's dtype and the state after the last token, in the state's dtype. Any T >= 1 is legal; a state

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 MAX_TILE, MIN_TILE = 64, 16
+MAX_CHUNKS = 32  # per span by default: beyond it a span only leaves the caches
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def cut(tokens: int, chunk_size: int, offset: int, checkpoint_every: int | None)
         partial(min(tokens, chunk_size - offset), False, 0)
         chunk = 1
     whole = (tokens - start) // chunk_size
-    every = checkpoint_every or max(1, math.ceil(math.sqrt(whole)))
+    every = checkpoint_every or min(MAX_CHUNKS, max(1, math.ceil(math.sqrt(whole))))
     per_chunk = chunk_size // tile
     for first in range(0, whole, every):
         chunks = min(every, whole - first)

@@ -1,9 +1,10 @@
 """The telescoped step: a rescaling of theta that keeps the summed step of a chunk stable.
 
-    theta'_t = theta_t prod_{j<t in the chunk} (1 - min(2 theta_j |k_j.k_t|, 0.999))
+    theta'_t = (1 - eta_t) theta_t prod_{j<t in the chunk} (1 - min(2 theta_j |k_j.k_t|, 0.999))
 
-For equal keys a chunk then writes in total what the token-by-token delta rule would; orthogonal keys are untouched. It depends
-on lr and k alone, so it is a pre-processing of `lr` and the scan does not know of it.
+For equal keys a chunk then writes in total what the token-by-token delta rule would; orthogonal keys are untouched. Momentum
+repeats each write up to 1 / (1 - eta) times, so its factor stands outside the product: inside, the product would only saturate
+later. It depends on lr, momentum and k alone, so it is a pre-processing of `lr` and the scan does not know of it.
 """
 
 from dataclasses import dataclass
@@ -23,15 +24,18 @@ class StepHistory:
 
 
 def telescope(
-    lr: Tensor, k: Tensor, *, chunk_size: int, history: StepHistory | None = None
+    lr: Tensor, momentum: Tensor, k: Tensor, *, chunk_size: int, history: StepHistory | None = None
 ) -> tuple[Tensor, StepHistory | None]:
     """Telescoped theta for T tokens.
 
-    lr [B, T, H, G] (G gates: 1 or the memory's depth), k [B, T, H, D] l2-normalised; history: the tokens of the chunk that an
-    earlier call left half read. Returns lr' [B, T, H, G] and the history for the next call (None at a chunk's start).
+    lr and momentum [B, T, H, G] (G gates: 1 or the memory's depth), k [B, T, H, D] l2-normalised; history: the tokens of the
+    chunk that an earlier call left half read. Returns lr' [B, T, H, G] and the history for the next call (None at a chunk's start).
     """
-    if lr.ndim != 4 or k.ndim != 4 or lr.shape[:3] != k.shape[:3]:
-        raise ValueError(f"telescope needs lr [B, T, H, G] and k [B, T, H, D], got {tuple(lr.shape)} and {tuple(k.shape)}")
+    if lr.ndim != 4 or k.ndim != 4 or lr.shape[:3] != k.shape[:3] or momentum.shape != lr.shape:
+        raise ValueError(
+            "telescope needs lr and momentum [B, T, H, G] and k [B, T, H, D], "
+            f"got {tuple(lr.shape)}, {tuple(momentum.shape)} and {tuple(k.shape)}"
+        )
     lead = 0
     if history is not None:
         lead = history.keys.shape[1]
@@ -46,7 +50,7 @@ def telescope(
         rest = StepHistory(k[:, whole:], lr[:, whole:])
     else:
         rest = None
-    return torch.cat(parts, 1)[:, lead:], rest
+    return torch.cat(parts, 1)[:, lead:] * (1 - momentum), rest
 
 
 def _telescope_chunks(lr: Tensor, k: Tensor, size: int) -> Tensor:

@@ -65,7 +65,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rotary_percent: float = 0.5  # share of each attention head that RoPE rotates; persistent keys live in the rest
     norm_eps: float = 1e-6
-    init_std: float = 0.02
+    init_std: float | None = None  # of the projections; null: sqrt(2 / (5 dim)), "small init" (Nguyen and Salazar 2019)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     mac: MacConfig = field(default_factory=MacConfig)
 
@@ -79,6 +79,9 @@ class ModelConfig:
         if self.ffn_dim is None:
             self.ffn_dim = -(-8 * self.dim // (3 * 64)) * 64
         _positive("model.ffn_dim", self.ffn_dim)
+        if self.init_std is None:
+            self.init_std = (2 / (5 * self.dim)) ** 0.5
+        _positive("model.init_std", self.init_std)
         if self.persistent_tokens < 0:
             raise ValueError(f"model.persistent_tokens must be 0 or more, got {self.persistent_tokens}")
         if self.dim % self.heads:

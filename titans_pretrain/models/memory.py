@@ -67,7 +67,7 @@ class MemoryLayer(nn.Module):
         forget, momentum, lr = self._gates(x, positions)
         history = None
         if c.step == "telescoped":
-            lr, history = telescope(lr, k, chunk_size=c.chunk_size, history=state.history)
+            lr, history = telescope(lr, momentum, k, chunk_size=c.chunk_size, history=state.history)
         options = dict(
             chunk_size=c.chunk_size, residual_norm=c.residual_norm, forget_to=c.forget_to, initial_state=start.memory
         )
@@ -111,7 +111,7 @@ class MemoryLayer(nn.Module):
         (q, k, v), conv = self._project(x, start.conv, None, None)
         forget, momentum, lr = self._gates(x, None)
         if c.step == "telescoped":
-            lr, _ = telescope(lr, k, chunk_size=c.chunk_size)
+            lr, _ = telescope(lr, momentum, k, chunk_size=c.chunk_size)
         y, memory = memory_scan(
             q, k, v, forget, momentum, lr, start.memory, chunk_size=c.chunk_size, residual_norm=c.residual_norm,
             forget_to=c.forget_to, initial_state=start.memory, checkpoint_every=c.checkpoint_every, backend=c.backend,
