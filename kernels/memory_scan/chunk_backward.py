@@ -1,15 +1,12 @@
-"""One span of the chunked scan, backward, by hand: the read's adjoint in parallel, then the write's in reverse order.
-
-Names: d_x is the gradient of x. Layout and formulas as in chunk_forward.py; everything is recomputed from the span's first state.
-"""
+"""One tile of the chunked scan, backward, by hand. Names: d_x is the gradient of x. Formulas as in chunk_forward.py."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from titans_pretrain.kernels.memory_scan.chunk_forward import Matrices, SpanInputs, Written, gate_of, read, scale
-from titans_pretrain.kernels.memory_scan.gates import TableGradients, Tables, decay_tables_backward
+from titans_pretrain.kernels.memory_scan.chunk_forward import Matrices, read, scale
+from titans_pretrain.kernels.memory_scan.gates import TileTables
 from titans_pretrain.kernels.memory_scan.network import (
     InnerGradient,
     gelu_derivatives,
@@ -17,24 +14,25 @@ from titans_pretrain.kernels.memory_scan.network import (
     layer_norm,
     layer_norm_vjp,
 )
-from titans_pretrain.kernels.memory_scan.spans import Span
 
 
 @dataclass
-class ReadGradients:
-    q: Tensor
-    inputs: list[Tensor]  # of the write's factors a and e, through the read
-    deltas: list[Tensor]
-    states: Matrices  # of the states at the tiles' starts
+class StateGradients:
+    """Gradients that the walk carries from tile to tile, changed in place."""
+
+    state: Matrices  # of the state [N, 2 * d_in, d_out]
+    anchor: Matrices | None  # of the chunk's anchor [N, d_in, d_out]; None before anything reached it
+    towards: Matrices | None  # of W_init [N, d_in, d_out]
 
 
-def read_backward(
-    d_y: Tensor, q: Tensor, tables: Tables, written: Written, d_tables: TableGradients, *, residual_norm: bool
-) -> ReadGradients:
-    """Adjoint of read() and the output; adds to d_tables."""
-    layers = read(q, tables, written)
-    depth = len(layers)
-    d_inputs, d_deltas, d_states = ([None] * depth for _ in range(3))
+def tile_backward(
+    d_y: Tensor, q: Tensor, tables: list[TileTables], state: Matrices, anchor: Matrices, gradient: InnerGradient,
+    towards: Matrices | None, d_tables: list[TileTables], d: StateGradients, residual_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v. d.state: of the state after the tile, on return of the one before it, the anchor's part left out."""
+    depth = len(state)
+    d_a, d_e, reads = ([None] * depth for _ in range(3))
+    layers = read(q, tables, state, gradient, towards)
     d_h = d_y
     for layer in reversed(range(depth)):
         h, p = layers[layer]
@@ -44,129 +42,60 @@ def read_backward(
             d_p = layer_norm_vjp(d_h, p, *layer_norm(p)[1:])
         else:
             d_p = d_h
-        gate = gate_of(layer, tables)
-        a, e = written.gradient.inputs[layer], written.gradient.deltas[layer]
+        t, a, e = tables[layer], gradient.inputs[layer], gradient.deltas[layer]
         overlap, d_masked = h @ a.mT, d_p @ e.mT
-        d_overlap = tables.weight[:, :, gate] * d_masked
-        d_tables.weight[:, :, gate] -= d_masked * overlap
-        d_inputs[layer] = (d_overlap.mT @ h).neg_()
-        d_deltas[layer] = ((tables.weight[:, :, gate] * overlap).mT @ d_p).neg_()
-        coefficients = tables.read[:, :, gate]
-        d_states[layer] = scale(h, coefficients).mT @ d_p
-        d_h, d_read = _scale_backward(d_p @ written.states[layer].mT, h, coefficients)
-        d_tables.read[:, :, gate] += d_read
-        d_h -= d_overlap @ a
-    return ReadGradients(d_h + d_y if residual_norm else d_h, d_inputs, d_deltas, d_states)
+        d_tables[layer].weight.addcmul_(d_masked, overlap, value=-1)
+        d_overlap = t.weight * d_masked
+        d_a[layer] = (d_overlap.mT @ h).neg_()
+        d_e[layer] = (overlap.mul_(t.weight).mT @ d_p).neg_()
+        d_h = _scale_backward(d_p @ state[layer].mT, h, t.read, d_tables[layer].read, 1)
+        d_h.baddbmm_(d_overlap, a, alpha=-1)
+        if towards is not None:
+            d_h.baddbmm_(d_p, towards[layer].mT)
+            d.towards[layer].baddbmm_(h.mT, d_p)
+        reads[layer] = (scale(h, t.read), d_p)
+    for layer, t in enumerate(tables):
+        a, e = gradient.inputs[layer], gradient.deltas[layer]
+        d_a[layer] -= _scale_backward(e @ d.state[layer].mT, a, t.last, d_tables[layer].last, -1)
+        d_e[layer].baddbmm_(scale(a, t.last), d.state[layer], alpha=-1)
+        _carry_backward(d.state[layer], state[layer], t.carry, d_tables[layer].carry)
+        scaled, d_p = reads[layer]
+        d.state[layer].baddbmm_(scaled.mT, d_p)
+    d_k, d_v, d_anchor = _inner_gradient_backward(gradient, anchor, d_a, d_e, residual_norm)
+    d.anchor = d_anchor if d.anchor is None else [old.add_(new) for old, new in zip(d.anchor, d_anchor, strict=True)]
+    return d_h + d_y if residual_norm else d_h, d_k, d_v
 
 
-@dataclass
-class SpanGradients:
-    inputs: SpanInputs
-    state: Matrices  # of the state that entered the span
-    anchor: Matrices | None  # of the anchor that entered it
-    initial: Matrices | None  # through resets
+def _scale_backward(d: Tensor, x: Tensor, coefficients: Tensor, d_coefficients: Tensor, sign: int) -> Tensor:
+    """Adjoint of scale with two coefficients: the gradient of x; adds sign times theirs to d_coefficients."""
+    d = d.unflatten(-1, (2, -1))
+    d_coefficients.add_((d * x.unsqueeze(-2)).sum(-1), alpha=sign)
+    first, second = d.unbind(-2)
+    return torch.addcmul(first * coefficients[..., :1], second, coefficients[..., 1:])
 
 
-def span_backward(
-    span: Span, x: SpanInputs, tables: Tables, written: Written, d_y: Tensor, d_state: Matrices, d_anchor: Matrices | None,
-    *, residual_norm: bool, reset: Tensor | None,
-) -> SpanGradients:  # fmt: skip
-    """d_y [N, G, b, D]; d_state: of the state after the span; d_anchor: of the anchor left to the next span."""
-    depth, slots = len(d_state), tables.read.shape[-1]
-    d_tables = TableGradients.zeros(tables)
-    through_read = read_backward(d_y, x.q, tables, written, d_tables, residual_norm=residual_norm)
-    d_initial = None if reset is None else [torch.zeros_like(s) for s in d_state]
-    derivatives = [gelu_derivatives(z) for z in written.gradient.pre]
-    first = [d for d, _ in derivatives]
-    curvature = [d.mul_(g) for (_, d), g in zip(derivatives, written.gradient.back, strict=True)]  # d e_l / d z_l
-    d_k, d_v = torch.empty_like(x.k), torch.empty_like(x.v)
-    for tile in reversed(range(span.tiles)):
-        at = _tile(written.gradient, tile)
-        d_a, d_e = ([y[:, tile] for y in ys] for ys in (through_read.inputs, through_read.deltas))
-        for layer in range(depth):
-            _write_backward(layer, tile, tables, at, d_state[layer], d_a[layer], d_e[layer], d_tables)
-        d_here = _inner_gradient_backward(
-            at, written.anchors[tile], d_a, d_e, [y[:, tile] for y in first], [y[:, tile] for y in curvature],
-            d_k[:, tile], d_v[:, tile], residual_norm,
-        )  # fmt: skip
-        d_anchor = d_here if d_anchor is None else [p + n for p, n in zip(d_anchor, d_here, strict=True)]
-        for layer in range(depth):
-            gate, before = gate_of(layer, tables), written.states[layer][:, tile]
-            _carry_backward(d_state[layer], before, slots, tables.carry[:, tile, gate], d_tables.carry[:, tile, gate])
-            d_state[layer] += through_read.states[layer][:, tile]
-        if span.opens(tile):
-            for d, anchor in zip(d_state, d_anchor, strict=True):
-                d[:, : anchor.shape[1]] += anchor
-                if slots == 3:
-                    d[:, -anchor.shape[1] :] += anchor
-            d_anchor = None
-            if reset is not None:
-                row = reset[:, span.chunk_of(tile)].view(-1, 1, 1)
-                for layer, d in enumerate(d_state):
-                    d_initial[layer] += d * row
-                    d_state[layer] = d.masked_fill(row, 0)
-    d_gates = decay_tables_backward(tables, d_tables)
-    return SpanGradients(SpanInputs(through_read.q, d_k, d_v, *d_gates), d_state, d_anchor, d_initial)
-
-
-def _tile(g: InnerGradient, tile: int) -> InnerGradient:
-    def pick(xs):
-        return [y[:, tile] for y in xs]
-
-    norm = g.norm and tuple(pick(g.norm))
-    return InnerGradient(pick(g.inputs), pick(g.deltas), pick(g.pre), pick(g.back), g.out[:, tile], norm)
-
-
-def _write_backward(
-    layer: int, tile: int, tables: Tables, g: InnerGradient, d_state: Tensor, d_a: Tensor, d_e: Tensor, d_tables: TableGradients
-) -> None:  # fmt: skip
-    """Adjoint of X -= [last o a]^T e: takes its share from d_a, d_e and d_tables in place."""
-    gate = gate_of(layer, tables)
-    a, e, last = g.inputs[layer], g.deltas[layer], tables.last[:, tile, gate]
-    d_written = d_state[:, : 2 * a.shape[-1]]
-    through_a, through_last = _scale_backward(e @ d_written.mT, a, last)
-    d_a -= through_a
-    d_tables.last[:, tile, gate] -= through_last
-    d_e.baddbmm_(scale(a, last), d_written, alpha=-1)
-
-
-def _scale_backward(d: Tensor, x: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """Adjoint of scale: gradients of x and of the coefficients."""
-    d = d.unflatten(-1, (coefficients.shape[-1], -1))
-    parts = zip(d.unbind(-2), coefficients.split(1, -1), strict=True)
-    first, c = next(parts)
-    d_x = first * c
-    for part, c in parts:
-        d_x.addcmul_(part, c)
-    return d_x, (d * x.unsqueeze(-2)).sum(-1)
-
-
-def _carry_backward(d: Tensor, state: Tensor, slots: int, coefficients: Tensor, d_coefficients: Tensor) -> None:
-    """Adjoint of carry: turns d, the gradient of the state after the tile, into that of the state before it."""
-    beta, f, m = coefficients[..., None, None].unbind(1)
-    d_first, d_surprise = d.chunk(slots, 1)[:2]
-    pairs = _first_two(d, slots) @ _first_two(state, slots).mT  # [N, 2, 2]
+def _carry_backward(d: Tensor, state: Tensor, coefficients: Tensor, d_coefficients: Tensor) -> None:
+    """Adjoint of the carry: turns d, the gradient of the state after the tile, into that of the state before it."""
+    pairs = d.unflatten(1, (2, -1)).flatten(2) @ state.unflatten(1, (2, -1)).flatten(2).mT  # [N, 2, 2]
     d_coefficients += pairs.flatten(1)[:, [0, 1, 3]]
-    d_surprise.mul_(m).addcmul_(d_first, f)
-    d_first.mul_(beta)
-
-
-def _first_two(state: Tensor, slots: int) -> Tensor:
-    """[N, K * d_in, d_out] -> [N, 2, d_in * d_out]."""
-    return state.unflatten(1, (slots, -1))[:, :2].flatten(2)
+    beta, f, m = coefficients[..., None, None].unbind(1)
+    d_v, d_s = d.chunk(2, 1)
+    d_s.mul_(m).addcmul_(d_v, f)
+    d_v.mul_(beta)
 
 
 def _inner_gradient_backward(
-    g: InnerGradient, anchor: Matrices, d_a: list[Tensor], d_e: list[Tensor], first: list[Tensor], curvature: list[Tensor],
-    d_k: Tensor, d_v: Tensor, residual_norm: bool,
-) -> Matrices:  # fmt: skip
-    """Adjoint of inner_gradient for one tile. first: gelu'(z_l), curvature: g_l gelu''(z_l). Fills d_k, d_v; returns d_anchor."""
+    g: InnerGradient, anchor: Matrices, d_a: list[Tensor], d_e: list[Tensor], residual_norm: bool
+) -> tuple[Tensor, Tensor, Matrices]:
+    """Adjoint of inner_gradient: gradients of k, v and the anchor. Overwrites d_a and d_e."""
     depth = len(anchor)
     d_anchor: Matrices = [None] * depth
-    d_pre = []
+    first, d_pre = [], []
     for layer in range(depth - 1):  # back through the deltas, from the first layer up
-        d_back = d_e[layer] * first[layer]
-        d_pre.append(d_e[layer] * curvature[layer])
+        slope, curvature = gelu_derivatives(g.pre[layer])
+        first.append(slope)
+        d_pre.append(curvature.mul_(g.back[layer]).mul_(d_e[layer]))
+        d_back = d_e[layer] * slope
         d_e[layer + 1].baddbmm_(d_back, anchor[layer + 1])
         d_anchor[layer + 1] = d_back.mT @ g.deltas[layer + 1]
     last = d_e[-1]
@@ -180,15 +109,11 @@ def _inner_gradient_backward(
         d_z = torch.addcmul(layer_norm_vjp(d_n, g.out, mean, rstd), d_std / size, n)
     else:
         d_r, d_z = last, 2 * last
-    torch.mul(d_r, -2, out=d_v)
     for layer in reversed(range(depth)):  # back through the activations, from the last layer down
-        d_w = g.inputs[layer].mT @ d_z
-        d_anchor[layer] = d_w if d_anchor[layer] is None else d_anchor[layer].add_(d_w)
+        a = g.inputs[layer]
+        d_anchor[layer] = a.mT @ d_z if d_anchor[layer] is None else d_anchor[layer].baddbmm_(a.mT, d_z)
         d_a[layer].baddbmm_(d_z, anchor[layer].mT)
         if layer:
-            d_z = torch.addcmul(d_pre[layer - 1], d_a[layer], first[layer - 1])
-    if residual_norm:
-        torch.add(d_a[0], d_r, alpha=2, out=d_k)
-    else:
-        d_k.copy_(d_a[0])
-    return d_anchor
+            d_z = d_pre[layer - 1].addcmul_(d_a[layer], first[layer - 1])
+    d_k = torch.add(d_a[0], d_r, alpha=2) if residual_norm else d_a[0]
+    return d_k, -2 * d_r, d_anchor

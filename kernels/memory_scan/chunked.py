@@ -7,18 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from titans_pretrain.kernels.memory_scan.chunk_backward import span_backward
-from titans_pretrain.kernels.memory_scan.chunk_forward import (
-    Matrices,
-    SpanInputs,
-    Written,
-    read,
-    span_rows,
-    weights,
-    write,
-)
-from titans_pretrain.kernels.memory_scan.gates import Tables
-from titans_pretrain.kernels.memory_scan.network import output
+from titans_pretrain.kernels.memory_scan.chunk_backward import StateGradients, tile_backward
+from titans_pretrain.kernels.memory_scan.chunk_forward import Matrices, SpanInputs, read, span_rows, tile_tables, write
+from titans_pretrain.kernels.memory_scan.gates import TableGradients, decay_tables_backward
+from titans_pretrain.kernels.memory_scan.network import inner_gradient, output
 from titans_pretrain.kernels.memory_scan.spans import Span, cut
 from titans_pretrain.kernels.memory_scan.state import MemoryState
 
@@ -58,99 +50,159 @@ def scan(
 
 
 class _Walk:
-    """The arguments of one scan in the span functions' layout, for the forward walk and for the recomputation."""
+    """One scan in the layout of the tile functions: walks spans forward, and back from their first states."""
 
-    def __init__(self, tokens, reset, spans, residual_norm, forget_to_initial, half_read, depth, states):
-        self.tokens, self.spans, self.residual_norm = tokens, spans, residual_norm
+    def __init__(self, tokens, reset, residual_norm, forget_to_initial, half_read, depth, states):
+        self.tokens, self.residual_norm = tokens, residual_norm
         self.dtype = states[0].dtype
-        self.slots = 3 if forget_to_initial else 2
         matrices = [s.flatten(0, 1) for s in states]
         groups = [matrices[i : i + depth] for i in range(0, len(matrices), depth)]
         self.anchor = groups[2] if half_read else None
         initial = groups[2 + half_read :]
-        towards = initial[0] if forget_to_initial else None
-        self.state = self.join(*groups[:2], towards)
-        self.initial = self.join(*initial, towards) if initial else None
+        self.towards = [w.contiguous() for w in initial[0]] if forget_to_initial else None
+        self.state = self.join(*groups[:2])
+        self.initial = self.join(*initial) if initial else None
         self.reset = None if reset is None else reset.repeat_interleave(tokens[0].shape[2], 0)
+        self.buffers: list[Matrices] = []  # one span's states, used again by the next: fresh memory is slow
 
-    def write(self, span: Span, state: Matrices, anchor: Matrices | None) -> tuple[SpanInputs, Tables, Written]:
+    def join(self, weights: Matrices, surprise: Matrices) -> Matrices:
+        """The slots of a state, stacked (chunk_forward.py); always a copy."""
+        towards = self.towards or [0.0] * len(weights)
+        return [torch.cat((w - t, s), 1) for w, s, t in zip(weights, surprise, towards, strict=True)]
+
+    def weights(self, state: Matrices) -> Matrices:
+        towards = self.towards or [0.0] * len(state)
+        return [x.chunk(2, 1)[0] + t for x, t in zip(state, towards, strict=True)]
+
+    def open_chunk(self, span: Span, tile: int, state: Matrices) -> Matrices:
+        """Resets the rows whose document starts here, in place; returns the anchor."""
+        if self.reset is not None:
+            row = self.reset[:, span.chunk_of(tile)].view(-1, 1, 1)
+            for x, initial in zip(state, self.initial, strict=True):
+                torch.where(row, initial, x, out=x)
+        return self.weights(state)
+
+    def forward(self, span: Span, state: Matrices, anchor: Matrices | None, y: Tensor) -> Matrices:
+        """Moves `state` over the span in place and fills y [B, T, H, D]; returns the anchor."""
         x = SpanInputs.cut(span, *self.tokens, self.dtype)
-        tables = x.tables(self.slots)
-        options = dict(residual_norm=self.residual_norm, reset=self.reset, initial=self.initial)
-        return x, tables, write(span, x, tables, state, anchor, **options)
+        tables = x.tables()
+        out = torch.empty_like(x.q)
+        for tile in range(span.tiles):
+            if span.opens(tile):
+                anchor = self.open_chunk(span, tile, state)
+            t = tile_tables(tables, tile, len(state))
+            gradient = inner_gradient(x.k[:, tile], x.v[:, tile], anchor, self.residual_norm)
+            q = x.q[:, tile]
+            out[:, tile] = output(read(q, t, state, gradient, self.towards)[-1][1], q, self.residual_norm)
+            write(t, state, gradient, state)
+        y[:, span.start : span.stop] = _tokens(out, len(y))
+        return anchor
 
-    @staticmethod
-    def join(weights: Matrices, surprise: Matrices, towards: Matrices | None) -> Matrices:
-        """The slots of a state, stacked (chunk_forward.py)."""
-        if towards is None:
-            return [torch.cat(slots, 1) for slots in zip(weights, surprise, strict=True)]
-        return [torch.cat((w - t, s, t), 1) for w, s, t in zip(weights, surprise, towards, strict=True)]
+    def backward(self, span: Span, state: Matrices, anchor: Matrices | None, d_y: Tensor, d: "_Gradients") -> None:
+        """state, anchor: those that entered the span. d: gradients after the span, on return those before it."""
+        x = SpanInputs.cut(span, *self.tokens, self.dtype)
+        tables = x.tables()
+        d_tables = TableGradients.zeros(tables)
+        d_rows = span_rows(span, d_y).to(self.dtype).contiguous()
+        kept = []
+        for tile in range(span.tiles):  # the states again, each kept this time
+            if span.opens(tile):
+                anchor = self.open_chunk(span, tile, state)
+            t = tile_tables(tables, tile, len(state))
+            gradient = inner_gradient(x.k[:, tile], x.v[:, tile], anchor, self.residual_norm)
+            kept.append((t, state, anchor, gradient))
+            if tile < span.tiles - 1:
+                if tile == len(self.buffers):
+                    self.buffers.append([torch.empty_like(s) for s in state])
+                write(t, state, gradient, self.buffers[tile])
+                state = self.buffers[tile]
+        d_q, d_k, d_v = (torch.empty_like(x.q) for _ in range(3))
+        for tile in reversed(range(span.tiles)):
+            t, state, anchor, gradient = kept.pop()
+            d_q[:, tile], d_k[:, tile], d_v[:, tile] = tile_backward(
+                d_rows[:, tile], x.q[:, tile], t, state, anchor, gradient, self.towards,
+                tile_tables(d_tables, tile, len(state)), d.walk, self.residual_norm,
+            )  # fmt: skip
+            if span.opens(tile):
+                d.close_chunk(None if self.reset is None else self.reset[:, span.chunk_of(tile)])
+        gates = (g.mT for g in decay_tables_backward(tables, d_tables))
+        for total, part in zip(d.tokens, (d_q, d_k, d_v, *gates), strict=True):
+            total[:, span.start : span.stop] = _tokens(part, len(d_y))
 
-    def join_backward(self, d_state: Matrices) -> tuple[Matrices, Matrices, Matrices | None]:
-        """Gradients of weights, surprise and W_init from those of the slots."""
-        d_weights, d_surprise, *rest = ([*d] for d in zip(*(d.chunk(self.slots, 1) for d in d_state), strict=True))
-        return d_weights, d_surprise, [t - w for t, w in zip(rest[0], d_weights, strict=True)] if rest else None
 
-    def output(self, state: Matrices) -> Matrices:
-        """Weights, then surprise, of a state."""
-        return [weights(s, self.slots) for s in state] + [s.chunk(self.slots, 1)[1] for s in state]
+class _Gradients:
+    """What the backward walk collects."""
 
-    def output_backward(self, d_weights: Matrices, d_surprise: Matrices) -> Matrices:
-        repeated = (d_weights, d_surprise, d_weights)[: self.slots]
-        return [torch.cat(slots, 1) for slots in zip(*repeated, strict=True)]
+    def __init__(self, walk: _Walk, d_weights: Matrices, d_surprise: Matrices, d_anchor: Matrices | None):
+        zeros_like = torch.zeros_like
+        self.tokens = [torch.empty_like(t) for t in walk.tokens]
+        self.initial = None if walk.initial is None else [zeros_like(x) for x in walk.initial]
+        # the output weights are V + W_init
+        towards = None if walk.towards is None else [w.clone() for w in d_weights]
+        state = [torch.cat(slots, 1) for slots in zip(d_weights, d_surprise, strict=True)]
+        self.walk = StateGradients(state, d_anchor, towards)
+
+    def close_chunk(self, reset: Tensor | None) -> None:
+        """At a chunk's first tile: the anchor was V + W_init, and where a document starts the state was the initial one."""
+        walk = self.walk
+        for layer, anchor in enumerate(walk.anchor):
+            walk.state[layer][:, : anchor.shape[1]] += anchor
+            if walk.towards is not None:
+                walk.towards[layer] += anchor
+            if reset is not None:
+                row = reset.view(-1, 1, 1)
+                self.initial[layer] += walk.state[layer] * row
+                walk.state[layer].masked_fill_(row, 0)
+        walk.anchor = None
+
+    def states(self, half_read: bool) -> Matrices:
+        """In the order of the scan's state arguments."""
+        walk = self.walk
+        d_weights, d_surprise = _split(walk.state)
+        found = [*d_weights, *d_surprise, *(walk.anchor if half_read else ())]
+        if self.initial is not None:
+            d_initial, d_initial_surprise = _split(self.initial)
+            if walk.towards is not None:  # V = W - W_init at the start; the initial state's V is zero for any W_init
+                d_initial = [t - w for t, w in zip(walk.towards, d_weights, strict=True)]
+            found += [*d_initial, *d_initial_surprise]
+        return found
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, forget, momentum, lr, reset, spans, residual_norm, to_initial, half_read, leaves_half, depth, *states):
-        tokens = (q, k, v, forget, momentum, lr)
-        config = (spans, residual_norm, to_initial, half_read, depth)
+        tokens, config = (q, k, v, forget, momentum, lr), (residual_norm, to_initial, half_read, depth)
         walk = _Walk(tokens, reset, *config, states)
         y = torch.empty_like(q, memory_format=torch.contiguous_format)
         state, anchor, saved = walk.state, walk.anchor, []
         for span in spans:
-            saved.append((state, anchor))
-            x, tables, written = walk.write(span, state, anchor)
-            z = read(x.q, tables, written)[-1][1]
-            y[:, span.start : span.stop] = _tokens(output(z, x.q, residual_norm), len(q))
-            state, anchor = written.last, written.anchors[-1]
+            if any(ctx.needs_input_grad):
+                saved.append(([x.clone() for x in state], anchor))
+            anchor = walk.forward(span, state, anchor, y)
         ctx.save_for_backward(*tokens, reset, *states)
-        ctx.config, ctx.saved, ctx.leaves_half = config, saved, leaves_half
-        out = [*walk.output(state), *(anchor if leaves_half else ())]
-        return (y, *(o.unflatten(0, (len(q), -1)).contiguous() for o in out))
+        ctx.config, ctx.spans, ctx.saved, ctx.leaves_half = config, spans, saved, leaves_half
+        out = [*walk.weights(state), *(x.chunk(2, 1)[1] for x in state), *(anchor if leaves_half else ())]
+        return (y, *(x.unflatten(0, (len(q), -1)).clone() for x in out))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y, *d_states):
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks only once
         (*tokens, reset), states = saved[:7], saved[7:]
-        spans, *_, half_read, depth = ctx.config
+        *_, half_read, depth = ctx.config
         with torch.autocast(d_y.device.type, enabled=False):
             walk = _Walk(tokens, reset, *ctx.config, states)
             d_out = [d.to(walk.dtype).flatten(0, 1) for d in d_states]
-            d_state = walk.output_backward(d_out[:depth], d_out[depth : 2 * depth])
-            d_anchor = d_out[2 * depth :] if ctx.leaves_half else None
-            d_initial = None if walk.initial is None else [torch.zeros_like(s) for s in walk.initial]
-            d_tokens = [torch.empty_like(t) for t in tokens]
-            for span, (state, anchor) in zip(reversed(spans), reversed(ctx.saved), strict=True):
-                x, tables, written = walk.write(span, state, anchor)
-                d_rows = span_rows(span, d_y).to(walk.dtype).contiguous()
-                options = dict(residual_norm=walk.residual_norm, reset=walk.reset)
-                d = span_backward(span, x, tables, written, d_rows, d_state, d_anchor, **options)
-                d_state, d_anchor = d.state, d.anchor
-                for total, part in zip(d_initial or (), d.initial or (), strict=d.initial is not None):
-                    total += part
-                d = d.inputs
-                for total, part in zip(d_tokens, (d.q, d.k, d.v, d.forget.mT, d.momentum.mT, d.lr.mT), strict=True):
-                    total[:, span.start : span.stop] = _tokens(part, len(d_y))
-            d_weights, d_surprise, d_towards = walk.join_backward(d_state)
-            d_in = [*d_weights, *d_surprise, *(d_anchor if half_read else ())]
-            if d_initial is not None:
-                d_weights, d_surprise, through_reset = walk.join_backward(d_initial)
-                for d_more in (d_towards, through_reset):
-                    d_weights = [w + d for w, d in zip(d_weights, d_more, strict=True)] if d_more else d_weights
-                d_in += [*d_weights, *d_surprise]
-        return (*d_tokens, *[None] * 7, *(d.unflatten(0, (len(d_y), -1)) for d in d_in))
+            d_anchor = [x.clone() for x in d_out[2 * depth :]] if ctx.leaves_half else None
+            d = _Gradients(walk, d_out[:depth], d_out[depth : 2 * depth], d_anchor)
+            for span, (state, anchor) in zip(reversed(ctx.spans), reversed(ctx.saved), strict=True):
+                walk.backward(span, [x.clone() for x in state], anchor, d_y, d)
+        return (*d.tokens, *[None] * 7, *(x.unflatten(0, (len(d_y), -1)) for x in d.states(half_read)))
+
+
+def _split(state: Matrices) -> tuple[Matrices, Matrices]:
+    first, second = zip(*(x.chunk(2, 1) for x in state), strict=True)
+    return list(first), list(second)
 
 
 def _tokens(x: Tensor, batch: int) -> Tensor:

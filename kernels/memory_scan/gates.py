@@ -17,12 +17,7 @@ from torch import Tensor
 
 @dataclass
 class Tables:
-    """Coefficients of a tile's two-state recurrence, per gate. The state has K slots: W and S, or, with forgetting towards
-    W_init, V = W - W_init, S and W_init (the difference is what decays, and nothing cancels in its gradient).
-
-    A tile carries the slots on (V+ = beta_b V + f_b S, S+ = m_b S, W_init stays) and subtracts [last o a]^T e from the first two;
-    its token t reads  x_t (read_t X) - [(C o x a^T) e]_t.
-    """
+    """Coefficients of a tile's recurrence, per gate (chunk_forward.py says how they are used)."""
 
     forget_decay: Tensor  # L_b [..., b, b]
     momentum_decay: Tensor  # L_m [..., b, b]
@@ -31,14 +26,28 @@ class Tables:
     beta: Tensor  # [..., b]
     f: Tensor  # [..., b]
     m: Tensor  # [..., b]
-    read: Tensor  # [..., b, K]: beta, f (, 1)
+    read: Tensor  # [..., b, 2]: beta, f
     last: Tensor  # [..., b, 2]: the last rows of C and N
     carry: Tensor  # [..., 3]: beta_b, f_b, m_b
+
+    def at(self, tile: int, gate: int) -> "TileTables":
+        """One tile's coefficients of one gate, from tables [N, G, gates, ...]."""
+        return TileTables(*(x[:, tile, gate] for x in (self.weight, self.read, self.last, self.carry)))
+
+
+@dataclass
+class TileTables:
+    """What the scan reads of a tile's tables, or the gradients of that; [N, ...]."""
+
+    weight: Tensor
+    read: Tensor
+    last: Tensor
+    carry: Tensor
 
 
 @dataclass
 class TableGradients:
-    """Gradients of what the scan reads from the tables."""
+    """Gradients of what the scan reads from the tables, [N, G, gates, ...]."""
 
     weight: Tensor
     read: Tensor
@@ -49,6 +58,8 @@ class TableGradients:
     def zeros(tables: Tables) -> "TableGradients":
         return TableGradients(*(torch.zeros_like(x) for x in (tables.weight, tables.read, tables.last, tables.carry)))
 
+    at = Tables.at
+
 
 def decay_matrix(x: Tensor) -> Tensor:
     """L[t,i] = prod_{i<s<=t} x_s for i <= t, 0 above the diagonal. x [..., b] -> [..., b, b]."""
@@ -57,7 +68,7 @@ def decay_matrix(x: Tensor) -> Tensor:
     return torch.where(after, x.unsqueeze(-2), 1.0).cumprod(-1).triu().mT
 
 
-def decay_tables(forget: Tensor, momentum: Tensor, lr: Tensor, slots: int) -> Tables:
+def decay_tables(forget: Tensor, momentum: Tensor, lr: Tensor) -> Tables:
     """Gates [..., b] -> tables of the tile."""
     keep = 1 - forget
     forget_decay, momentum_decay = decay_matrix(keep), decay_matrix(momentum)
@@ -65,7 +76,7 @@ def decay_tables(forget: Tensor, momentum: Tensor, lr: Tensor, slots: int) -> Ta
     f = (forget_decay @ m.unsqueeze(-1)).squeeze(-1)
     surprise = momentum_decay * lr.unsqueeze(-2)
     weight = forget_decay @ surprise
-    read = torch.stack([beta, f, torch.ones_like(f)][:slots], -1)
+    read = torch.stack([beta, f], -1)
     last = torch.stack([weight[..., -1, :], surprise[..., -1, :]], -1)
     carry = torch.stack([x[..., -1] for x in (beta, f, m)], -1)
     return Tables(forget_decay, momentum_decay, surprise, weight, beta, f, m, read, last, carry)
@@ -75,8 +86,8 @@ def decay_tables_backward(tables: Tables, d: TableGradients) -> tuple[Tensor, Te
     """Gradients with respect to (forget, momentum, lr), [..., b] each. Overwrites d."""
     b = tables.beta.shape[-1]
     d.weight[..., -1, :] += d.last[..., 0]
-    d.read[..., -1, :2] += d.carry[..., :2]
-    lam = tables.forget_decay.mT @ torch.cat([d.weight, d.read[..., :2]], -1)
+    d.read[..., -1, :] += d.carry[..., :2]
+    lam = tables.forget_decay.mT @ torch.cat([d.weight, d.read], -1)
     lam_c, lam_beta, lam_f = lam[..., :b].tril(), lam[..., b], lam[..., b + 1]
     d_forget = -(
         (lam_c * _shift(tables.weight, -2, 0.0)).sum(-1)
