@@ -29,12 +29,18 @@ def gelu_vjp(g: Tensor, z: Tensor) -> Tensor:
 
 
 def gelu_derivatives(z: Tensor) -> tuple[Tensor, Tensor]:
-    """gelu'(z) and gelu''(z) of the tanh form."""
-    u1 = SQRT_2_OVER_PI * (1 + 3 * CUBIC * z * z)
-    u2 = SQRT_2_OVER_PI * 6 * CUBIC * z
-    t = torch.tanh(SQRT_2_OVER_PI * (z + CUBIC * z**3))
-    s = 1 - t * t
-    return 0.5 * (1 + t) + 0.5 * z * s * u1, s * u1 + 0.5 * z * s * (u2 - 2 * t * u1 * u1)
+    """gelu'(z) and gelu''(z) of the tanh form.
+
+    With u = c (z + 0.044715 z^3), t = tanh u, s = 1 - t^2:  gelu' = (1 + t) / 2 + z s u' / 2,  gelu'' = s (2 u' - c - z t u'^2).
+    """
+    c = SQRT_2_OVER_PI
+    square = z * z
+    slope = square.mul(3 * CUBIC * c).add_(c)  # u'
+    t = square.mul_(CUBIC * c).add_(c).mul_(z).tanh_()
+    s = torch.rsub(t * t, 1)
+    first = torch.addcmul(t.mul(0.5).add_(0.5), s * z, slope, value=0.5)
+    second = t.mul_(z).mul_(slope).mul_(slope).neg_().add_(slope, alpha=2).sub_(c).mul_(s)
+    return first, second
 
 
 def layer_norm(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
