@@ -1,0 +1,55 @@
+# make quickstart | test | test-all | check | format | bench | install | clean
+
+VENV ?= .venv
+# Where pip finds torch builds without CUDA; on a machine with an NVIDIA GPU pip's own index has the right ones.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread per test process: two processes with all cores each are slower than one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: quickstart install test test-all check types format bench clean
+
+quickstart: install  ## raw text to a trained, exported, generating model, in a few minutes
+	@$(BIN)/python scripts/quickstart.py
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install one, or make PYTHON=/path/to/python3"; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --no-deps -c constraints.txt \
+		$(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) torch
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: install  ## all that matters, without a GPU
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: install
+	$(PYTEST)
+
+check: install types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+# A type checker does not follow the import mapping of an editable install: show it the installed layout, made of links.
+types: install
+	@rm -rf build/types && mkdir -p build/types/titans_pretrain
+	@for path in titans_pretrain/* kernels data_prep; do ln -s "$(CURDIR)/$$path" build/types/titans_pretrain/; done
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --summary=none
+
+format: install  ## what `make check` would complain about, as far as a program can mend it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m benchmarks.memory_scan_cpu
+	$(BIN)/python -m benchmarks.train_step_cpu
+	$(BIN)/python -m benchmarks.data
+
+clean:
+	rm -rf $(VENV) build quickstart-run .pytest_cache .ruff_cache .hypothesis *.egg-info
