@@ -1,0 +1,17 @@
+from titans_pretrain.config.load import changed_keys, load_config, save_config
+from titans_pretrain.config.model import MacConfig, MemoryConfig, ModelConfig
+from titans_pretrain.config.schema import Config, DataConfig, ParallelConfig, RunConfig, TrainConfig
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "MacConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "changed_keys",
+    "load_config",
+    "save_config",
+]

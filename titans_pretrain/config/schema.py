@@ -1,0 +1,135 @@
+"""The one typed schema of a run: what a YAML file may hold, with its defaults. Standard library only."""
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from titans_pretrain.config.model import ModelConfig
+
+CONFIG_VERSION = 1
+
+
+@dataclass
+class DataConfig:
+    """What is read, and how it is cut into rows."""
+
+    path: str | None = None  # folder that titans-data wrote
+    seq_len: int = 4096  # tokens in a row
+    mixture: dict[str, float] = field(default_factory=dict)  # folder -> weight, instead of `path`
+    reset_documents: bool = True  # each document starts from the initial state; false concatenates them
+    split_long_documents: bool = True  # cut documents wherever a row ends; false: only those longer than a row
+    cache_dir: str | None = None  # where remote shards are kept
+    on_bad_shard: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self):
+        _at_least("data.seq_len", self.seq_len, 1)
+        for path, weight in self.mixture.items():
+            if not weight > 0:
+                raise ValueError(f"data.mixture gives {path!r} the weight {weight}; weights must be positive")
+        if self.path and self.mixture:
+            raise ValueError("data.path and data.mixture are both set; give one of them")
+
+
+@dataclass
+class TrainConfig:
+    """The optimisation (defaults: Titans section 5.1, with the clipping of the setup it follows)."""
+
+    steps: int = 1000
+    seed: int = 0
+    lr: float = 4e-4  # peak of the schedule
+    min_lr: float = 1e-5
+    warmup_steps: int = 100  # linear, from lr / warmup_steps
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0  # largest global gradient norm; 0 switches clipping off
+    micro_batch: int = 8  # rows in one forward pass
+    global_batch: int = 8  # rows in one step; a multiple of micro_batch, the rest is accumulated
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: compute under autocast, parameters stay float32
+    recompute: Literal["none", "block"] = "none"  # block: keep a block's input only, run it again in the backward pass
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    eval_every: int = 100  # steps between validations; 0: never
+    eval_batches: int = 16  # micro-batches in one validation, always the same ones
+    checkpoint_every: int = 200  # steps between checkpoints; 0: only the last step
+    keep_checkpoints: int = 3  # newest ones kept; 0: all
+    log_every: int = 10  # steps between printed lines; metrics.jsonl has every step
+    on_nan: Literal["stop"] = "stop"
+    resume: str = "auto"  # auto: the run's own newest checkpoint; never; or a folder to start from
+
+    def __post_init__(self):
+        for name in ("steps", "micro_batch", "global_batch", "eval_batches", "log_every"):
+            _at_least("train." + name, getattr(self, name), 1)
+        for name in ("seed", "lr", "min_lr", "warmup_steps", "weight_decay", "eps", "grad_clip"):
+            _at_least("train." + name, getattr(self, name), 0)
+        for name in ("eval_every", "checkpoint_every", "keep_checkpoints"):
+            _at_least("train." + name, getattr(self, name), 0)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"train.min_lr={self.min_lr} is above train.lr={self.lr}; lower it")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"train.global_batch={self.global_batch} must be a multiple of train.micro_batch={self.micro_batch}; "
+                f"try {-(-self.global_batch // self.micro_batch) * self.micro_batch}"
+            )
+        if not self.resume:
+            raise ValueError("train.resume is empty; legal are auto, never, or a run or checkpoint folder")
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches in one step."""
+        return self.global_batch // self.micro_batch
+
+
+@dataclass
+class ParallelConfig:
+    """How the work is spread over processes."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    segments_per_rank: int = 1
+    zero_stage: int = 0
+    inflight: int = 1
+
+    def __post_init__(self):
+        for key in fields(self):
+            if getattr(self, key.name) != key.default:
+                raise ValueError(
+                    f"parallel.{key.name}={getattr(self, key.name)}: this build trains on one process so far; "
+                    f"set it to {key.default}"
+                )
+
+
+@dataclass
+class RunConfig:
+    name: str | None = None  # null: the name of the config file
+    dir: str | None = None  # null: runs/NAME
+    wandb: str | None = None  # a Weights & Biases project; offline unless WANDB_MODE says otherwise
+    tensorboard: bool = False
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    version: int = CONFIG_VERSION
+
+    def __post_init__(self):
+        multiple = self.model.document_multiple
+        if self.data.reset_documents and self.data.seq_len % multiple:
+            source = "model.mac.segment" if self.model.variant == "mac" else "model.memory.chunk_size"
+            below, above = self.data.seq_len // multiple * multiple, -(-self.data.seq_len // multiple) * multiple
+            raise ValueError(
+                f"data.seq_len={self.data.seq_len} must be a multiple of {source}={multiple}, where documents may start; "
+                f"try {f'{below} or {above}' if below else above}, or data.reset_documents=false"
+            )
+
+
+def _at_least(key: str, value, least) -> None:
+    if not value >= least:
+        raise ValueError(f"{key} must be {least} or more, got {value}")
