@@ -38,6 +38,7 @@ for folder in folders:
     model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     inputs = tokenizer(text, return_tensors="pt")
+    batch = tokenizer([text, text[:20]], return_tensors="pt", padding=True)
     again = results + "-again"
     model.save_pretrained(again)
     again = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
@@ -47,6 +48,7 @@ for folder in folders:
             "logits": model.double()(**inputs).logits,
             "again": again.double()(**inputs).logits,
             "generated": model.generate(**inputs, max_new_tokens=int(new), min_new_tokens=int(new), do_sample=False),
+            "batch": model.generate(**batch, max_new_tokens=int(new), min_new_tokens=int(new), do_sample=False),
             "problems": [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]],
             "half": AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)(**inputs).logits,
         }
@@ -115,3 +117,5 @@ def test_an_export_generates_what_the_model_would(loaded, variant):
         state = out.state
         out = model(ids[:, -1:], state=state)
     assert torch.equal(got["generated"], ids)
+    assert torch.equal(got["batch"][:1], ids)  # beside a shorter row, which the tokenizer pads on the left
+    assert got["batch"][1, -NEW - 1] == ByteTokenizer().encode(TEXT[:20])[-1]

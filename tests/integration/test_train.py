@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from titans_pretrain.data_prep import cli as data_cli
+from torch.utils.checkpoint import checkpoint
 
 from titans_pretrain import cli
 from titans_pretrain.models import TitansForCausalLM
@@ -29,21 +28,6 @@ SMALL = [
     "train.eval_batches=2",
     "model.mac.segment=32",
 ]
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    """Documents of 20 to 2000 bytes, so that rows hold several and some fill several rows."""
-    folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    words = ["memory", "learns", "while", "it", "reads", "and", "forgets", "the", "rest"]
-    for i in range(60):
-        (folder / f"{i:02}.txt").write_text(" ".join(draw.choice(words) for _ in range(draw.randint(4, 300))))
-    arguments = ["tokenize", str(folder), "--suffix", ".txt", "--tokenizer", "byte", "--out", str(folder / "data")]
-    with pytest.raises(SystemExit) as e:
-        data_cli.main([*arguments, "--validation", "0.2", "--workers", "1"])
-    assert not e.value.code
-    return folder / "data"
 
 
 @pytest.fixture
@@ -125,7 +109,14 @@ def test_every_variant_learns(train, tmp_path, variant):
     assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_recompute_and_accumulation_change_nothing(train, tmp_path):
+def test_recompute_and_accumulation_change_nothing(train, tmp_path, monkeypatch):
+    recomputed = []
+
+    def counting(layer, *args, **kwargs):
+        recomputed.append(layer)
+        return checkpoint(layer, *args, **kwargs)
+
+    monkeypatch.setattr("titans_pretrain.models.causal_lm.checkpoint", counting)
     losses = {}
     for name, settings in {
         "plain": ["train.micro_batch=2"],
@@ -134,6 +125,7 @@ def test_recompute_and_accumulation_change_nothing(train, tmp_path):
     }.items():
         assert train("train.steps=4", "train.eval_every=0", f"run.dir={tmp_path}/{name}", *settings) == 0
         losses[name] = [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+    assert len(recomputed) == 4 * 2  # steps x layers, of the second run alone
     assert losses["recompute"] == losses["plain"]
     assert losses["accumulated"] == pytest.approx(losses["plain"], rel=1e-5)
 

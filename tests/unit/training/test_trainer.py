@@ -65,6 +65,20 @@ def test_the_update_is_torch_adamw(make_trainer):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize(("grad_clip", "expected"), [(0.25, 0.25), (1e3, None), (0.0, None)])
+def test_gradients_are_clipped_to_the_global_norm(make_trainer, grad_clip, expected):
+    trainer = make_trainer(grad_clip=grad_clip)
+    seen = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda optimizer, args, kwargs: seen.append(
+            torch.stack([p.grad.norm() for group in optimizer.param_groups for p in group["params"]]).norm().item()
+        )
+    )
+    logged = trainer.train_step()["grad_norm"]
+    assert logged > 0.25
+    assert seen == [pytest.approx(expected or logged, rel=1e-4)]
+
+
 def test_resuming_gives_the_same_weights_and_metrics_bit_for_bit(make_trainer, tmp_path):
     straight = run(make_trainer(steps=6, validate=True, eval_every=2), tmp_path / "straight")
     first = make_trainer(steps=6, validate=True, eval_every=2, checkpoint_every=3)
@@ -94,6 +108,7 @@ def test_a_checkpoint_restores_the_random_states(make_trainer, tmp_path):
 
     trainer = make_trainer()
     trainer.train_step()
+    draw()  # so that no generator stands where a fresh trainer leaves it
     trainer.save(tmp_path)
     expected = draw()
     make_trainer().resume(trainer.saved)

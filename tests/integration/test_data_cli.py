@@ -1,0 +1,189 @@
+"""`titans-data` as its users run it: as a process."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "titans_pretrain.data_prep"]
+SOURCES = str(Path(os.__file__).parent / "*.py")  # Python's own modules, about 5 MB
+
+
+def run(*arguments, check=True, **options):
+    result = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, **options)
+    if check:
+        assert result.returncode == 0, result.stderr
+    return result
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    run("tokenizer", SOURCES, "--out", folder, "--vocab-size", 2000, "--sample-lines", 20000)
+    return folder
+
+
+def test_from_text_to_batches(tokenizer, tmp_path):
+    from types import SimpleNamespace
+
+    from titans_pretrain.data import build_reader, unigram_entropy
+
+    data = tmp_path / "data"
+    out = run("tokenize", SOURCES, "--tokenizer", tokenizer, "--out", data, "--validation", 0.05).stdout
+    assert "train" in out and "validation" in out
+    assert run("verify", data).stdout == f"{data}: as the manifest says\n"
+    shown = run("inspect", data, "--png", tmp_path / "lengths.png").stdout
+    assert "tokenizer  sentencepiece, 2000 ids" in shown and "share of tokens" in shown and "--- document 0" in shown
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    source = run("inspect", data, "--document", 0).stdout
+    header, _, text = source.partition("\n")
+    name = json.loads(header[header.index("{") :])["source"]
+    assert text == (Path(os.__file__).parent / name).read_text() + "\n"
+
+    config = SimpleNamespace(
+        data=SimpleNamespace(
+            path=str(data),
+            seq_len=512,
+            mixture={},
+            reset_documents=True,
+            split_long_documents=True,
+            cache_dir=None,
+            on_bad_shard="stop",
+        ),
+        train=SimpleNamespace(seed=0, micro_batch=2),
+        model=SimpleNamespace(vocab_size=2000, document_multiple=16),
+    )
+    batch = next(build_reader(config))
+    assert batch.tokens.shape == (2, 512)
+    assert 3 < unigram_entropy(data) < 7.6
+
+
+def test_tokenizer_is_reproducible(tokenizer, tmp_path):
+    run("tokenizer", SOURCES, "--out", tmp_path / "again", "--vocab-size", 2000, "--sample-lines", 20000)
+    assert hashes(tmp_path / "again") == hashes(tokenizer)
+
+
+def test_standard_input(tmp_path):
+    text = "one\ntwo\n\nthree\n"
+    run("tokenize", "-", "--documents", "line", "--tokenizer", "byte", "--out", tmp_path / "d", input=text)
+    assert "two" in run("inspect", tmp_path / "d", "--document", 1).stdout
+
+
+def test_job_array(tmp_path):
+    """Four parts at the same time, then merged: as many tokens as in one run."""
+    arguments = ["tokenize", SOURCES, "--tokenizer", "byte", "--out", tmp_path / "d", "--workers", 1]
+    jobs = [subprocess.Popen([*COMMAND, *map(str, arguments), "--shard", f"{i}/4"]) for i in range(4)]
+    assert [job.wait() for job in jobs] == [0] * 4
+    run("merge", tmp_path / "d")
+    run("verify", tmp_path / "d")
+    run(*arguments[:4], "--out", tmp_path / "whole", "--workers", 1)
+    totals = [json.loads((tmp_path / d / "manifest.json").read_text())["splits"]["train"] for d in ("d", "whole")]
+    assert totals[0]["tokens"] == totals[1]["tokens"] and totals[0]["documents"] == totals[1]["documents"]
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until(condition, seconds: float = 60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kill_and_go_on(tokenizer, tmp_path, workers):
+    """kill -9 in the middle, several times; the result is that of an undisturbed run, byte for byte."""
+    arguments = ["tokenize", SOURCES, "--tokenizer", tokenizer, "--deduplicate", "--shard-size", "500K"]
+    run(*arguments, "--out", tmp_path / "whole", "--workers", workers)
+    out = tmp_path / "killed"
+    progress = out / "progress.json"
+    killed_at = []
+
+    def documents_read() -> int:
+        return json.loads(progress.read_text())["read"] if progress.exists() else 0
+
+    def run_and_kill() -> bool:
+        """False if the run was finished before it could be killed."""
+        before = documents_read()
+        command = [*COMMAND, *arguments, "--out", out, "--workers", workers, "--checkpoint-seconds", 0]
+        job = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        wait_until(lambda: documents_read() > before or job.poll() is not None)
+        workers_of_job = children_of(job.pid) if job.poll() is None else []
+        job.send_signal(signal.SIGKILL)
+        if job.wait() == 0:
+            return False
+        killed_at.append(documents_read())
+        assert not (out / "manifest.json").exists(), "an unfinished folder must not read as a finished one"
+        assert run("verify", out, check=False).returncode == 2
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers_of_job))
+        return True
+
+    for _ in range(3):
+        if not run_and_kill():
+            break
+    assert killed_at and killed_at[0] > 0
+    run(*arguments, "--out", out, "--workers", workers)
+    assert hashes(out) == hashes(tmp_path / "whole")
+    assert "as the manifest says" in run("verify", out).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["tokenize", "/no/such", "--tokenizer", "byte", "--out", "{out}"], "no input files at /no/such"),
+        (["tokenize", __file__, "--tokenizer", "/no/such", "--out", "{out}"], "no tokenizer at /no/such"),
+        (["tokenize", __file__, "--tokenizer", "byte", "--out", "{out}", "--validation", "2"], "--validation"),
+        (["tokenizer", "--out", "{out}"], "nothing to train from"),
+        (["verify", "{out}"], "no manifest"),
+        (["inspect", "{out}"], "manifest.json"),
+        (["merge", "{out}"], "no parts"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, arguments, message):
+    result = run(*[a.replace("{out}", str(tmp_path / "out")) for a in arguments], check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
+
+
+def test_usage_errors(tmp_path):
+    result = run("tokenize", "x", "--tokenizer", "byte", "--out", tmp_path, "--shard", "4/4", check=False)
+    assert result.returncode == 2 and "0/8" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_damage_exits_with_one(tmp_path):
+    run("tokenize", SOURCES, "--tokenizer", "byte", "--out", tmp_path / "d")
+    with open(tmp_path / "d" / "train-000000.tar", "r+b") as file:
+        file.seek(5000)
+        file.write(b"\xff")
+    result = run("verify", tmp_path / "d", check=False)
+    assert result.returncode == 1 and "train-000000.tar: content changed" in result.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["tokenizer"], ["tokenize"], ["merge"], ["verify"], ["inspect"]])
+def test_help_has_examples_and_loads_nothing_heavy(command):
+    out = run(*command, "--help").stdout
+    assert "examples:" in out and "titans-data" in out
+    code = (
+        "import sys\nfrom titans_pretrain.data_prep.cli import main\n"
+        f"try: main({[*command, '--help']!r})\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'numpy', 'sentencepiece', 'tokenizers', 'pyarrow') if m in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.splitlines()[-1]
+    assert loaded == "[]"

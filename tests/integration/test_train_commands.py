@@ -1,0 +1,244 @@
+"""The commands around training: plan, eval, generate, report, export, doctor, and --help."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from titans_pretrain import cli
+from titans_pretrain.checkpoint import find_checkpoint, load_model
+from titans_pretrain.commands.generate import Sampling, generate_tokens, pick_token
+from titans_pretrain.commands.plan import attention_flops, flops_per_token, memory_mib, parameters_by_part
+from titans_pretrain.config import load_config
+from titans_pretrain.data import build_reader, unigram_entropy
+from titans_pretrain.models import build_model
+from titans_pretrain.training.loggers import read_metrics
+
+TINY = Path(__file__).parents[2] / "configs/tiny.yaml"
+VARIANTS = ["lmm", "mac", "mag", "mal", "transformer"]
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    """A run folder of a few steps."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    overrides = ["train.steps=12", "train.eval_every=6", "train.eval_batches=3", "train.lr=1e-2"]
+    assert cli.main(["train", str(TINY), f"data.path={data}", f"run.dir={folder}", *overrides]) == 0
+    return folder
+
+
+def table(text: str) -> dict[str, str]:
+    return {name.strip(): value.strip() for name, _, value in (line.partition("  ") for line in text.splitlines())}
+
+
+def test_eval_equals_the_validation_in_training(run, capsys):
+    assert cli.main(["eval", str(run)]) == 0
+    found = table(capsys.readouterr().out)
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    assert found["validation loss"] == f"{last['validation_loss']:.4f}"
+    assert found["tokens"] == f"{last['validation_tokens']:,}"
+    assert found["checkpoint"] == str(find_checkpoint(run))
+
+
+def test_eval_of_more_batches_than_there_are_reads_every_target_once(run, capsys):
+    """Against the sum over the rows of the whole split by hand."""
+    assert cli.main(["eval", str(run), "--batches", "1000", "train.micro_batch=4"]) == 0
+    found = table(capsys.readouterr().out)
+    model, config = load_model(run)
+    loss, targets = 0.0, 0
+    with torch.no_grad():
+        for batch in build_reader(config, split="validation", epochs=1):
+            count = int((batch.labels != -100).sum())
+            loss += float(model(batch.tokens, labels=batch.labels, positions=batch.positions).loss) * count
+            targets += count
+    assert found["tokens"] == f"{targets:,}"
+    assert float(found["validation loss"]) == pytest.approx(loss / targets, abs=1e-4)
+
+
+def test_unknown_options_are_refused(run, capsys):
+    for arguments in (["eval", str(run), "--batch", "3", "--nope", "x"], ["report", str(run), "train.steps=3"]):
+        with pytest.raises(SystemExit) as e:
+            cli.main(arguments)
+        assert e.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_report(run, data, capsys):
+    assert cli.main(["report", str(run)]) == 0
+    found = table(capsys.readouterr().out)
+    lines = read_metrics(run / "metrics.jsonl")
+    assert found["steps"] == "12 of 12"
+    assert found["validation loss"].startswith(f"{lines[-1]['validation_loss']:.4f} (perplexity")
+    assert found["unigram entropy"].startswith(f"{unigram_entropy(data, 'validation'):.4f}")
+    assert found["loss curve"] == str(run / "loss.png")
+    assert {"tokens/s", "peak memory", "training loss", "tokens"} <= found.keys()
+
+
+def test_report_of_no_run_is_one_line(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "is not a run folder: it needs config.yaml and metrics.jsonl" in capsys.readouterr().err
+
+
+def test_greedy_generation_equals_the_argmax_of_full_passes(run, monkeypatch):
+    """Also when the prompt is read in pieces that end inside a chunk."""
+    model, _ = load_model(run)
+    prompt = list(b"memory learns while it reads")
+    full = list(prompt)
+    with torch.no_grad():
+        for _ in range(20):
+            full.append(int(model(torch.tensor([full])).logits[0, -1].argmax()))
+    for prefill in (1024, 7):
+        monkeypatch.setattr("titans_pretrain.commands.generate.PREFILL", prefill)
+        sampling = Sampling(max_new_tokens=20, temperature=0.0)
+        assert list(generate_tokens(model, prompt, sampling, eos_id=None)) == full[len(prompt) :]
+    stop = full[len(prompt) + 5]
+    found = list(generate_tokens(model, prompt, sampling, eos_id=stop))
+    assert found == full[len(prompt) : full.index(stop, len(prompt))]
+
+
+def test_sampling_limits():
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+    random = torch.Generator().manual_seed(0)
+
+    def drawn(**limits) -> set[int]:
+        return {pick_token(logits, Sampling(**({"temperature": 1.0} | limits)), random) for _ in range(300)}
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(temperature=0.0) == {1}
+    assert drawn(top_k=2) == {1, 3}
+    assert drawn(top_p=0.5) == {1}
+    assert drawn(top_p=0.51) == {1, 3}
+    assert drawn(top_p=0.9) == {1, 2, 3}
+    assert drawn(top_k=1, top_p=1.0) == {1}
+    share = sum(pick_token(logits, Sampling(temperature=0.5), random) == 1 for _ in range(2000)) / 2000
+    assert share == pytest.approx(0.25 / (0.01 + 0.25 + 0.0225 + 0.0625), abs=0.05)  # squares, normalised
+
+
+def test_generate_command_is_reproducible_and_starts_with_the_prompt(run, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert cli.main(["generate", str(run), "--prompt", "memory", "--max-new-tokens", "30", "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert all(text.startswith("memory") for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "a", "--top-p", "0"], "--top-p must lie in (0, 1], got 0.0"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature must be 0 or more, got -1.0"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more, got 0"),
+    ],
+)
+def test_bad_generation_options_are_one_line(run, capsys, arguments, message):
+    assert cli.main(["generate", str(run), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_export_generates_the_same_text(run, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    assert cli.main(["export", str(run), str(tmp_path / "exported")]) == 0
+    capsys.readouterr()
+    texts = []
+    for source in (run, find_checkpoint(run), tmp_path / "exported"):
+        assert cli.main(["generate", str(source), "--prompt", "it reads", "--greedy", "--max-new-tokens", "30"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_plan_prints_what_the_model_is(data, capsys):
+    assert cli.main(["plan", str(TINY), f"data.path={data}"]) == 0
+    out = capsys.readouterr().out
+    config = load_config(TINY)
+    total = sum(p.numel() for p in build_model(config.model).parameters())
+    assert f"total                    {total:,}" in out
+    assert "512 (4 rows of 128)" in out
+    assert "training tokens: 0.2" in out  # 20 steps of 512 tokens out of 44,763
+    assert cli.main(["plan", str(TINY)]) == 0
+    assert "data.path is not set" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_plan_counts_flops_and_memory_as_the_model_has_them(variant):
+    """FLOPs: within 10 % of torch's counter (it does not see attention's scores, which are taken out on both sides);
+    activations: within 30 % of what autograd holds on to, without the memory's states that the scan keeps itself."""
+    sizes = [
+        "model.dim=128",
+        "model.vocab_size=256",
+        "data.seq_len=256",
+        "model.persistent_tokens=0",
+        "train.micro_batch=1",
+    ]
+    config = load_config(TINY, [f"model.variant={variant}", *sizes, "train.global_batch=1"])
+    model = build_model(config.model)
+    assert sum(parameters_by_part(model).values()) == sum(p.numel() for p in model.parameters())
+    tokens = torch.zeros(1, 256, dtype=torch.int64)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, int] = {}
+
+    def hold(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t), FlopCounterMode(display=False) as forward:
+        loss = model(tokens, labels=tokens).loss
+        in_memory = sum(held.values())
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+
+    expected_forward, expected = flops_per_token(config, model)
+    scores = 0.0
+    if config.model.has_attention:
+        retrieved = 4 * config.model.dim**2 if variant == "mac" else 0
+        scores = config.model.layers * (attention_flops(config) - retrieved)
+    assert forward.get_total_flops() / 256 == pytest.approx(expected_forward - scores, rel=0.1)
+    counted = (forward.get_total_flops() + backward.get_total_flops()) / 256
+    assert counted == pytest.approx(expected - 3 * scores, rel=0.1)
+
+    stateless = dataclasses.replace(config.model.memory, checkpoint_every=10**6)
+    config.model = dataclasses.replace(config.model, memory=stateless)
+    assert memory_mib(config, 0)["activations"] * 2**20 == pytest.approx(in_memory, rel=0.3)
+
+
+def test_doctor_finds_this_machine_fit(capsys, monkeypatch):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "memory scan   ok" in out
+    assert f"torch         {torch.__version__}" in out
+
+
+def test_doctor_reports_a_scan_that_differs(capsys, monkeypatch):
+    from titans_pretrain.commands import doctor
+
+    scan = doctor.memory_scan
+
+    def off(*args, backend, **kwargs):
+        y, state = scan(*args, backend=backend, **kwargs)
+        return (y if backend == "reference" else y * (1 + 1e-6)), state
+
+    monkeypatch.setattr(doctor, "memory_scan", off)
+    assert cli.main(["doctor"]) == 1
+    assert "memory scan   FAILED: differs from its reference" in capsys.readouterr().out
+
+
+def test_help_lists_the_commands_and_loads_nothing_heavy():
+    code = (
+        "import sys\nfrom titans_pretrain.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as e:\n    assert e.code == 0\n"
+        "print([m for m in ('torch', 'numpy', 'pydantic', 'omegaconf', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+    for command in ("train", "plan", "eval", "generate", "export", "report", "doctor"):
+        assert f"\n    {command} " in out
+        with pytest.raises(SystemExit) as e:
+            cli.main([command, "--help"])
+        assert e.value.code == 0

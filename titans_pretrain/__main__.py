@@ -1,0 +1,5 @@
+import sys
+
+from titans_pretrain.cli import main
+
+sys.exit(main())

@@ -1,0 +1,191 @@
+"""The `titans-pretrain` command. Handlers import what they need, so that --help answers at once."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+_EXAMPLES = """examples:
+  titans-pretrain plan configs/340m-mag.yaml                       size, FLOPs, memory and tokens before anything runs
+  titans-pretrain train configs/tiny.yaml data.path=DATA           train; the same command again goes on where it stopped
+  titans-pretrain report runs/tiny                                 what came out
+  titans-pretrain generate runs/tiny --prompt "def main("          complete a text
+  titans-pretrain export runs/tiny exported/                       a folder for Hugging Face transformers
+
+Exit codes: 0 done, 2 something is wrong with what was given (one line says what), 85 a signal stopped the training after
+a checkpoint was saved. TITANS_DEBUG=1 shows the whole traceback of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives up on key=value after an option: they come back as unknown
+    if rest and (not hasattr(args, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    # Before torch loads OpenMP: its threads otherwise spin while they wait, and on cores that other programs use too a
+    # training step on two threads took 30 times as long as on one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as e:
+        if os.environ.get("TITANS_DEBUG") == "1":
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="titans-pretrain",
+        description="Pretrain Titans language models.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example:\n  titans-pretrain {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(
+        "train", _train, "train as a config says, or go on", "train configs/tiny.yaml data.path=DATA train.lr=1e-3"
+    )
+    _add_config(sub)
+
+    sub = command(
+        "plan",
+        _plan,
+        "print size, FLOPs, memory and tokens of a config",
+        "plan configs/1.3b-mac.yaml train.micro_batch=4",
+    )
+    _add_config(sub)
+
+    sub = command("eval", _eval, "measure the loss of a checkpoint on held-out text", "eval runs/tiny --batches 64")
+    _add_run(sub)
+    sub.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that differ from the run's, e.g. data.path=DATA"
+    )
+    sub.add_argument("--split", default="validation", help="split of the data (default: validation)")
+    sub.add_argument("--batches", type=int, help="micro-batches to read (default: train.eval_batches of the run)")
+
+    sub = command(
+        "generate", _generate, "complete a text", 'generate runs/tiny --prompt "def main(" --top-p 0.9 --seed 1'
+    )
+    _add_run(sub, "run, checkpoint or exported folder")
+    sub.add_argument("--prompt", required=True, help="the text to complete; - reads it from standard input")
+    sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
+    sub.add_argument("--greedy", action="store_true", help="always the likeliest token; the three below have no effect")
+    sub.add_argument(
+        "--temperature", type=float, default=0.8, help="below 1 is bolder towards the likely (default: 0.8)"
+    )
+    sub.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest only (default: 0, all)"
+    )
+    sub.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest that hold P together (default: 1)",
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+    sub = command(
+        "export", _export, "write a folder for Hugging Face transformers", "export runs/tiny exported/ --dtype bfloat16"
+    )
+    _add_run(sub)
+    sub.add_argument("out", metavar="OUT", help="folder to write")
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights (default: float32)",
+    )
+
+    sub = command("report", _report, "print what a run reached", "report runs/tiny")
+    _add_run(sub, "run folder")
+
+    command("doctor", _doctor, "check this machine: versions, devices, packages, the memory scan", "doctor")
+    return parser
+
+
+def _add_config(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("config", metavar="CONFIG", help="YAML file")
+    sub.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. model.variant=mac"
+    )
+
+
+def _add_run(sub: argparse.ArgumentParser, what: str = "run or checkpoint folder") -> None:
+    sub.add_argument("path", metavar="RUN", help=what)
+
+
+def _train(args) -> int:
+    from titans_pretrain.config import load_config
+
+    config = load_config(args.config, args.overrides)  # before torch is imported: a typo answers at once
+    from titans_pretrain.training.run import train
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("titans_pretrain").setLevel(logging.INFO)
+    return train(config)
+
+
+def _plan(args) -> None:
+    from titans_pretrain.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from titans_pretrain.commands.plan import plan
+
+    print(plan(config))
+
+
+def _eval(args) -> None:
+    from titans_pretrain.commands.evaluate import evaluate
+
+    print(evaluate(args.path, args.overrides, args.split, args.batches))
+
+
+def _generate(args) -> None:
+    from titans_pretrain.commands.generate import Sampling, generate_text
+
+    sampling = Sampling(
+        args.max_new_tokens, 0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.seed
+    )
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    print(prompt, end="", flush=True)
+    for piece in generate_text(args.path, prompt, sampling, args.device):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _export(args) -> None:
+    from titans_pretrain.hf.export import export_checkpoint
+
+    export_checkpoint(args.path, args.out, args.dtype)
+    print(f"wrote {args.out}")
+
+
+def _report(args) -> None:
+    from titans_pretrain.commands.report import report
+
+    print(report(args.path))
+
+
+def _doctor(args) -> int:
+    from titans_pretrain.commands.doctor import doctor
+
+    return doctor()

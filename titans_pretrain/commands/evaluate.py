@@ -1,0 +1,37 @@
+"""The loss of a checkpoint on held-out text."""
+
+from collections.abc import Sequence
+
+from titans_pretrain.checkpoint import find_checkpoint, load_weights
+from titans_pretrain.commands.table import format_table
+from titans_pretrain.config import load_config
+from titans_pretrain.data import build_reader
+from titans_pretrain.models import build_model
+from titans_pretrain.training.run import check_data_is_set, pick_device
+from titans_pretrain.training.validation import Validator
+
+
+def evaluate(path: str, overrides: Sequence[str] = (), split: str = "validation", batches: int | None = None) -> str:
+    """A short table: loss (nats per token), perplexity and tokens of the first `batches` micro-batches of a split.
+
+    path: a run or checkpoint folder; overrides: settings that differ from the run's, such as data.path.
+    """
+    checkpoint = find_checkpoint(path)
+    config = load_config(checkpoint / "config.yaml", overrides)
+    check_data_is_set(config)
+    if batches is not None and batches < 1:
+        raise ValueError(f"--batches must be 1 or more, got {batches}")
+    device = pick_device(config.train.device)
+    reader = build_reader(config, split=split, epochs=1)
+    model = build_model(config.model)
+    load_weights(checkpoint, model)
+    validator = Validator(reader, batches or config.train.eval_batches, device, config.train.precision)
+    found = validator.run(model.to(device))
+    return format_table(
+        {
+            "checkpoint": checkpoint,
+            f"{split} loss": f"{found['validation_loss']:.4f}",
+            "perplexity": f"{found['validation_perplexity']:.2f}",
+            "tokens": f"{found['validation_tokens']:,}",
+        }
+    )

@@ -1,0 +1,115 @@
+"""Where the numbers of a run go: metrics.jsonl always, TensorBoard and Weights & Biases on request."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from titans_pretrain.config import Config
+
+
+class Logger(Protocol):
+    def log(self, values: dict) -> None:
+        """values: {"step": ..., name: number, ...}"""
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlLogger:
+    """RUN/metrics.jsonl, one JSON object per line. Opening it drops what came after `step` (of validations: after
+    `validated`), so that what is done again after a resume stands there once."""
+
+    def __init__(self, path: Path, step: int, validated: int):
+        lines = read_metrics(path)
+        kept = [line for line in lines if line["step"] <= (validated if "validation_loss" in line else step)]
+        temporary = path.with_name(".writing-" + path.name)
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 open as long as the run
+
+    def log(self, values: dict) -> None:
+        self._file.write(json.dumps(values) + "\n")
+
+    def flush(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line cut off by a crash is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class TensorBoardLogger:
+    """RUN/tensorboard. What an earlier process logged after `step` is hidden."""
+
+    def __init__(self, folder: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def log(self, values: dict) -> None:
+        for name, value in values.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, values["step"])
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbLogger:
+    """Offline unless WANDB_MODE says otherwise. Any failure switches it off with one line; it never ends a run."""
+
+    def __init__(self, config: Config, run_dir: Path):
+        self._run = None
+        self._try(self._start, config, run_dir)
+
+    def _start(self, config: Config, run_dir: Path) -> None:
+        import dataclasses
+
+        import wandb
+
+        self._run = wandb.init(
+            project=config.run.wandb,
+            name=config.run.name,
+            dir=str(run_dir),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            config=dataclasses.asdict(config),
+        )
+
+    def log(self, values: dict) -> None:
+        if self._run is not None:
+            self._try(self._run.log, {n: v for n, v in values.items() if n != "step"}, step=values["step"])
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._try(self._run.finish)
+
+    def _try(self, call, *args, **kwargs) -> None:
+        try:
+            call(*args, **kwargs)
+        except Exception as e:  # whatever wandb raises (no package, no key, no network) is not worth a run
+            self._run = None
+            print(f"wandb is off: {type(e).__name__}: {' '.join(str(e).split())}", file=sys.stderr)
+
+
+def build_loggers(config: Config, run_dir: Path, step: int, validated: int) -> list[Logger]:
+    """step, validated: the last step that was trained and the last that was validated, 0 at the start of a run."""
+    loggers: list[Logger] = [JsonlLogger(run_dir / "metrics.jsonl", step, validated)]
+    if config.run.tensorboard:
+        loggers.append(TensorBoardLogger(run_dir / "tensorboard", step))
+    if config.run.wandb:
+        loggers.append(WandbLogger(config, run_dir))
+    return loggers

@@ -1,0 +1,50 @@
+"""What a person sees of a run: a bar on a terminal, plain lines anywhere else."""
+
+import sys
+import time
+from collections import deque
+
+
+class Progress:
+    """steps: of the whole run; done: finished before this process; log_every: steps between plain lines."""
+
+    def __init__(self, steps: int, done: int, log_every: int):
+        self._steps, self._log_every = steps, log_every
+        self._times: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=21)  # (clock, tokens so far)
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
+
+    def update(self, step: int, tokens: int, values: dict) -> None:
+        """After a step: `tokens` in it, `values` as logged."""
+        self._times.append((time.monotonic(), self._times[-1][1] + tokens))
+        (start, before), (now, after) = self._times[0], self._times[-1]
+        rate = (after - before) / max(1e-9, now - start)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
+            self._bar.update()
+        elif step % self._log_every == 0 or step == self._steps:
+            left = (self._steps - step) * (now - start) / (len(self._times) - 1)
+            self.note(
+                f"step {step}/{self._steps}  loss {values['loss']:.4f}  {rate:,.0f} tokens/s  lr {values['lr']:.2e}  "
+                f"grad norm {values['grad_norm']:.3f}  left {format_seconds(left)}"
+            )
+
+    def note(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """3725 -> 1:02:05"""
+    minutes, s = divmod(round(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h}:{m:02}:{s:02}" if h else f"{m}:{s:02}"

@@ -1,0 +1,140 @@
+"""From a config to a trained run folder: builds the parts, resumes, trains, leaves the picture."""
+
+import contextlib
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy
+import torch
+
+from titans_pretrain.checkpoint import clear_leftovers, find_checkpoint, latest_checkpoint
+from titans_pretrain.config import Config, changed_keys, load_config, save_config
+from titans_pretrain.data import ShardError, build_reader
+from titans_pretrain.data.storage import Folder
+from titans_pretrain.data.tokenizer import ENTRY, read_tokenizer_entry
+from titans_pretrain.models import build_model
+from titans_pretrain.training.loggers import build_loggers
+from titans_pretrain.training.plot import plot_loss
+from titans_pretrain.training.progress import Progress
+from titans_pretrain.training.signals import INTERRUPTED_EXIT_CODE, StopRequest
+from titans_pretrain.training.trainer import Trainer
+from titans_pretrain.training.validation import Validator
+
+# These change how the model computes, not what: they may differ from the checkpoint's.
+_SPEED_ONLY = {"model.memory.backend", "model.memory.checkpoint_every"}
+
+
+def train(config: Config) -> int:
+    """Trains in `run.dir`, from its newest checkpoint if it has one. Returns the exit code: 0, or 85 when a signal
+    stopped the run after a checkpoint (the same command goes on from it)."""
+    with StopRequest() as stop:
+        return _train(config, stop)
+
+
+def _train(config: Config, stop: StopRequest) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: this build trains on one process so far; start it without torchrun"
+        )
+    check_data_is_set(config)
+    run_dir = Path(config.run.dir)
+    device = pick_device(config.train.device)
+    checkpoint = starting_checkpoint(config, run_dir)
+    changed = _changes_since(checkpoint, config)
+
+    seed_everything(config.train.seed)
+    reader = build_reader(config, split="train")
+    validator = None
+    if config.train.eval_every:
+        validator = Validator(
+            build_reader(config, split="validation", epochs=1),
+            config.train.eval_batches,
+            device,
+            config.train.precision,
+        )
+    model = build_model(config.model).to(device)
+    model.set_recompute(config.train.recompute)
+    trainer = Trainer(config, model, reader, validator, device)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(run_dir)
+    clear_leftovers(run_dir / "checkpoints")
+    save_config(config, run_dir / "config.yaml")
+    copy_tokenizer(config, run_dir)
+    loggers = build_loggers(config, run_dir, trainer.step, trainer.validated)
+    progress = Progress(config.train.steps, trainer.step, config.train.log_every)
+    parameters = sum(p.numel() for p in model.parameters())
+    progress.note(f"{config.model.variant}, {parameters / 1e6:.2f}M parameters, on {device}; run folder {run_dir}")
+    if checkpoint is not None:
+        progress.note(f"goes on from {checkpoint} (step {trainer.step})" + "".join(f"; {line}" for line in changed))
+        if trainer.step >= config.train.steps:
+            progress.note(f"nothing left to train: train.steps={config.train.steps}")
+    try:
+        done = trainer.run(run_dir, loggers, progress, stop)
+    finally:
+        progress.close()
+        for logger in loggers:
+            logger.close()
+    plot_loss(run_dir)
+    if not done:
+        where = f"saved {trainer.saved}" if trainer.saved else "nothing was trained yet"
+        print(f"stopped by {stop.received.name}: {where}; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED_EXIT_CODE
+    return 0
+
+
+def starting_checkpoint(config: Config, run_dir: Path) -> Path | None:
+    """Where training starts: the run's own newest checkpoint, else the one that `train.resume` names, else nothing."""
+    own, resume = latest_checkpoint(run_dir), config.train.resume
+    if resume == "never" and own is not None:
+        raise ValueError(
+            f"{run_dir} holds {own.name} and train.resume=never would train over it; choose another run.dir or train.resume=auto"
+        )
+    if own is not None or resume in ("auto", "never"):
+        return own
+    return find_checkpoint(resume)
+
+
+def _changes_since(checkpoint: Path | None, config: Config) -> list[str]:
+    """Settings that differ from the checkpoint's, as text. Raises ValueError if the model is another one."""
+    if checkpoint is None:
+        return []
+    changed = changed_keys(load_config(checkpoint / "config.yaml"), config)
+    model = {k: v for k, v in changed.items() if k.startswith("model.") and k not in _SPEED_ONLY}
+    if model:
+        told = ", ".join(f"{key} is {old} there and {new} here" for key, (old, new) in model.items())
+        raise ValueError(f"{checkpoint} was written by another model: {told}; choose another run.dir")
+    return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if not key.startswith("run.")]
+
+
+def check_data_is_set(config: Config) -> None:
+    if not (config.data.path or config.data.mixture):
+        raise ValueError("data.path is not set; give the folder that titans-data wrote, e.g. data.path=DATA")
+
+
+def copy_tokenizer(config: Config, run_dir: Path) -> None:
+    """Puts the data's tokenizer into the run folder, so that the run can be used without its data."""
+    source = Folder(config.data.path or next(iter(config.data.mixture)), config.data.cache_dir)
+    target = run_dir / "tokenizer"
+    target.mkdir(exist_ok=True)
+    for name in (ENTRY, "tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+        with contextlib.suppress(ShardError):  # not every kind of tokenizer has every file
+            (target / name).write_bytes(source.read(f"tokenizer/{name}"))
+    read_tokenizer_entry(target)  # what its kind needs has come
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: a GPU if there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device=cuda, but torch sees no GPU here; use train.device=cpu or auto")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,152 @@
+"""The training loop: steps, validation, checkpoints, and when to stop."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from titans_pretrain.checkpoint import checkpoint_name, load_checkpoint, save_checkpoint
+from titans_pretrain.config import Config
+from titans_pretrain.training.loggers import Logger
+from titans_pretrain.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from titans_pretrain.training.progress import Progress
+from titans_pretrain.training.signals import StopRequest
+from titans_pretrain.training.validation import Validator, compute_dtype, count_targets, on_device
+
+
+class Trainer:
+    """Trains one model on one device.
+
+    reader: an endless iterator of Batch(tokens, labels, positions), [micro_batch, seq_len] int64 each, with
+    state_dict() and load_state_dict(). Everything that decides a future step is the model, the optimizer, the random
+    states, the reader's cursor and `step`: a checkpoint holds exactly these, so a resumed run is the same run.
+    """
+
+    def __init__(self, config: Config, model: nn.Module, reader, validator: Validator | None, device: torch.device):
+        self.config, self.model, self.reader, self.validator, self.device = config, model, reader, validator, device
+        self.optimizer = build_optimizer(model, config.train)
+        self.step = 0  # finished optimizer steps
+        self.tokens = 0  # targets trained on in them
+        self.validated = 0  # the last step that was validated
+        self.saved: Path | None = None  # the newest checkpoint
+
+    def resume(self, checkpoint: Path) -> None:
+        """Goes on from a checkpoint of this model and data."""
+        trainer = load_checkpoint(checkpoint, self.model, self.optimizer)
+        self.reader.load_state_dict(trainer["reader"])
+        self.step, self.tokens, self.validated = trainer["step"], trainer["tokens"], trainer["validated"]
+        self.saved = checkpoint
+
+    def run(self, run_dir: Path, loggers: Sequence[Logger], progress: Progress, stop: StopRequest) -> bool:
+        """Trains up to `train.steps` or a stop request, then saves; whether all is done. Raises ValueError on a loss that
+        is not finite."""
+        train = self.config.train
+        self.model.train()
+        while not stop.received:
+            if self._validation_is_due():
+                self._validate(loggers, progress, stop)
+                continue  # and not further if a stop request cut it short
+            if _due(self.step, train.checkpoint_every):
+                self.save(run_dir, loggers)
+            if self.step >= train.steps:
+                break
+            before = self.tokens
+            values = self.train_step()
+            progress.update(self.step, self.tokens - before, values)
+            _log(loggers, values)
+        self.save(run_dir, loggers)
+        return self.step >= train.steps and not self._validation_is_due()
+
+    def train_step(self) -> dict:
+        """One optimizer step over `global_batch` rows. Returns the numbers to log."""
+        train, start = self.config.train, time.perf_counter()
+        batches = [next(self.reader) for _ in range(train.accumulation)]
+        # The loss is a sum over the targets of the whole step, divided by their number: rows with more padding do not
+        # weigh more, and the split into micro-batches does not matter.
+        targets = sum(count_targets(batch) for batch in batches)
+        if not targets:
+            raise ValueError(
+                f"step {self.step + 1}: the batch holds no target; is data.seq_len={self.config.data.seq_len} too small?"
+            )
+        loss = sum(self._forward_backward(batch, targets) for batch in batches)
+
+        largest = train.grad_clip or math.inf
+        grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), largest))
+        loss = float(loss)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise ValueError(self._not_finite(loss, grad_norm))
+        rate = learning_rate(self.step + 1, train)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.tokens += targets
+        return {
+            "step": self.step,
+            "loss": loss,
+            "tokens": self.tokens,
+            "tokens_per_second": round(targets / (time.perf_counter() - start), 1),
+            "lr": rate,
+            "grad_norm": grad_norm,
+            "peak_memory_mib": round(peak_memory_mib(self.device), 1),
+        }
+
+    def _forward_backward(self, batch, targets: int) -> torch.Tensor:
+        """Adds a micro-batch's gradients; returns its share of the step's loss."""
+        with compute_dtype(self.device, self.config.train.precision):
+            out = self.model(**on_device(batch, self.device), num_items_in_batch=targets)
+        out.loss.backward()
+        return out.loss.detach()
+
+    def _validation_is_due(self) -> bool:
+        train = self.config.train
+        due = self.step == train.steps or _due(self.step, train.eval_every)
+        return self.validator is not None and due and self.validated < self.step
+
+    def _validate(self, loggers: Sequence[Logger], progress: Progress, stop: StopRequest) -> None:
+        found = self.validator.run(self.model, stop)
+        if found is not None:
+            self.validated = self.step
+            _log(loggers, {"step": self.step, "tokens": self.tokens, **found})
+            progress.note(f"step {self.step}: validation loss {found['validation_loss']:.4f}")
+
+    def save(self, run_dir: Path, loggers: Sequence[Logger] = ()) -> None:
+        """Writes a checkpoint of this step, unless there is one."""
+        if self.step == 0 or (self.saved and self.saved.name == checkpoint_name(self.step)):
+            return
+        for logger in loggers:
+            logger.flush()
+        numbers = {"step": self.step, "tokens": self.tokens, "validated": self.validated}
+        numbers["reader"] = self.reader.state_dict()
+        self.saved = save_checkpoint(run_dir, self.config, self.model, self.optimizer, numbers)
+
+    def _not_finite(self, loss: float, grad_norm: float) -> str:
+        train = self.config.train
+        kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint was written yet"
+        return (
+            f"step {self.step + 1}: the loss is {loss}, the gradient norm {grad_norm}; stopped before the update, {kept}. "
+            f"Try a lower train.lr (now {train.lr:g}), more train.warmup_steps (now {train.warmup_steps}), "
+            f"a lower model.memory.max_lr (now {self.config.model.memory.max_lr:g}) or train.precision=fp32"
+        )
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Of the device's allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _log(loggers: Sequence[Logger], values: dict) -> None:
+    for logger in loggers:
+        logger.log(values)
