@@ -8,7 +8,7 @@ from corpora import make_config, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titans_pretrain.data import build_reader
+from titans_pretrain.data import build_reader, source
 
 CORPORA = {
     "a": [5, 64, 100, 3, 17, 31, 64, 9, 250, 12, 77, 8],
@@ -52,9 +52,7 @@ stages = st.lists(
 def test_concatenated_streams_equal_the_uninterrupted_one(folders, mixture, stages, seed, split_long_documents):
     def config(micro_batch):
         paths = {str(folders / name): weight for name, weight in mixture.items()}
-        return make_config(
-            mixture=paths, seed=seed, micro_batch=micro_batch, split_long_documents=split_long_documents
-        )
+        return make_config(mixture=paths, seed=seed, micro_batch=micro_batch, split_long_documents=split_long_documents)
 
     rows, state = [], None
     for world, micro_batch, steps in stages:
@@ -147,6 +145,26 @@ def test_cursor_survives_a_move_of_the_folder(folders, tmp_path):
     finally:
         (tmp_path / "moved").rename(folders / "a")
     assert rows + more == samples_of(make_config(folders / "a"), 1, 18)[0]
+
+
+def test_resuming_opens_no_window_but_its_own(folders, monkeypatch):
+    """Opening one may mean to download it."""
+    monkeypatch.setattr("titans_pretrain.data.window.WINDOW_SHARDS", 1)
+    opened = []
+
+    class Watched(source.Window):
+        def __init__(self, folder, manifest, split, shards, *rest, **options):
+            opened.append(shards)
+            super().__init__(folder, manifest, split, shards, *rest, **options)
+
+    config = make_config(folders / "c")
+    _, state = samples_of(config, 1, 20)
+    monkeypatch.setattr(source, "Window", Watched)
+    reader = build_reader(config)
+    reader.load_state_dict(state)
+    assert opened == []
+    next(reader)
+    assert opened[0] == reader._sources[0]._windows(state["sources"][0]["epoch"])[state["sources"][0]["window"]]
 
 
 def test_left_out_shards_stay_left_out_until_the_window_ends(folders, tmp_path, monkeypatch):

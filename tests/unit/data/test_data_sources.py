@@ -13,10 +13,11 @@ import zstandard
 
 from titans_pretrain.data_prep.sources import Documents, ReadOptions, extract, find_inputs, format_of
 
+TEXT_DEFAULTS = ReadOptions()
 TEXTS = ["first", "zweites\nDokument", "третий", "4 🙂\n\nend\n"]
 
 
-def read(files, options=ReadOptions(), **where):
+def read(files, options=TEXT_DEFAULTS, **where):
     return [
         extract(raw, format_of(files[number], options), options.field)
         for number, _, raw in Documents(files, options, **where)

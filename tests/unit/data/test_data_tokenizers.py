@@ -84,13 +84,23 @@ def test_sentencepiece_is_lossless(trained, text):
 
 @settings(max_examples=300, deadline=None)
 @given(text_strategy)
-def test_line_by_line_gives_the_ids_of_the_whole(trained, text):
-    assert trained._newline is not None
+def test_word_by_word_gives_the_ids_of_the_whole(trained, text):
+    assert trained._words_are_independent
     assert trained.encode(text).tolist() == trained._model.encode(text)
 
 
+def test_word_by_word_on_real_text(trained, source_files, monkeypatch):
+    for limit in (10**6, 500):  # the second forgets its words all the time
+        monkeypatch.setattr("titans_pretrain.data_prep.tokenizer.CACHED_CHARACTERS", limit)
+        for path in source_files:
+            text = path.read_text()
+            assert trained.encode(text).tolist() == trained._model.encode(text)
+    for text in [*AWKWARD, "▁ ▁▁a ▁b", " \n ", "  \n\n  x"]:
+        assert trained.encode(text).tolist() == trained._model.encode(text)
+
+
 def test_a_model_with_prefix_is_encoded_whole(source_files):
-    """Llama's way: a blank before the text, runs of blanks kept. A line is then no text of its own."""
+    """Llama's way: a blank before the text, runs of blanks kept. A word is then no text of its own."""
     import io
 
     from sentencepiece import SentencePieceTrainer
@@ -109,9 +119,34 @@ def test_a_model_with_prefix_is_encoded_whole(source_files):
     )
     tokenizer = SentencePieceTokenizer(model.getvalue())
     text = "def f(x):\n    return x\n\nprint(1)"
-    assert tokenizer._newline is None
+    assert not tokenizer._words_are_independent
     assert tokenizer.encode(text).tolist() == tokenizer._model.encode(text)
     assert tokenizer.entry.pad_id is None and tokenizer.entry.filler_id == tokenizer.entry.eos_id
+
+
+def test_pieces_over_several_words_are_encoded_whole(source_files):
+    """Trained without splitting at blanks, pieces such as `in the` exist: words are not independent."""
+    import io
+
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(source_files[0].read_text().split("\n")),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=700,
+        byte_fallback=True,
+        split_by_whitespace=False,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    assert not tokenizer._words_are_independent
+    text = source_files[0].read_text()
+    assert tokenizer.encode(text).tolist() == tokenizer._model.encode(text)
 
 
 def test_huggingface_ids_are_equal(trained, fast, source_files):

@@ -1,0 +1,394 @@
+"""`titans-data tokenize`: documents in, shards out.
+
+One process reads and writes, in the order of the input; the others turn chunks of documents into finished tar members.
+So the result depends on the input and the options alone, never on the number of workers. Every few seconds the run notes
+how far it is (`progress.json`); started again after a kill it goes on from there and gives the same bytes.
+"""
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import threading
+import time
+from bisect import bisect_left
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from titans_pretrain.data.manifest import MANIFEST, SPLITS, Manifest
+from titans_pretrain.data_prep.progress import progress_bar
+from titans_pretrain.data_prep.shards import ShardWriter, tar_sample, write_text
+from titans_pretrain.data_prep.sources import Documents, InputFile, ReadOptions, extract, find_inputs, format_of
+from titans_pretrain.data_prep.tokenizer import Tokenizer, load_tokenizer
+
+PROGRESS = "progress.json"
+DIGESTS = "digests.partial"
+CHUNK_BYTES = 1 << 20  # of raw documents, the work of one task
+CHUNK_DOCUMENTS = 4096
+CHECKPOINT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class CleanOptions:
+    """Which documents are kept. Lengths in characters, shares of characters."""
+
+    deduplicate: bool = False  # the first of several equal texts stays
+    min_characters: int = 1
+    max_characters: int | None = None
+    min_letters: float = 0.0  # share of letters, digits and blanks
+    must_match: str | None = None  # regular expressions, searched anywhere in the text
+    must_not_match: str | None = None
+    skip_bad_records: bool = False  # records that cannot be read: count them instead of stopping
+
+    def reason_to_drop(self, text: str) -> str | None:
+        if len(text) < self.min_characters or not text:
+            return "too_short"
+        if self.max_characters is not None and len(text) > self.max_characters:
+            return "too_long"
+        if self.min_letters and sum(c.isalnum() or c.isspace() for c in text) < self.min_letters * len(text):
+            return "few_letters"
+        if self.must_match and not re.search(self.must_match, text):
+            return "no_match"
+        if self.must_not_match and re.search(self.must_not_match, text):
+            return "match"
+        return None
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    validation: float = 0.01  # share of documents, chosen by the hash of their text
+    shard_size: int = 128 << 20  # bytes of a tar
+    part: tuple[int, int] = (0, 1)  # i of N, for array jobs
+    suffixes: tuple[str, ...] = ()
+    read: ReadOptions = field(default_factory=ReadOptions)
+    clean: CleanOptions = field(default_factory=CleanOptions)
+
+
+@dataclass
+class Chunk:
+    """Finished tar members of consecutive documents."""
+
+    blob: bytes
+    ends: list[int]  # of each document in blob
+    token_bytes: list[int]
+    digests: list[bytes]
+    dropped: Counter
+    text_bytes: int
+
+
+class ChunkEncoder:
+    """Turns raw documents into tar members; lives in every worker process."""
+
+    def __init__(self, tokenizer: Tokenizer, files: list[InputFile], options: TokenizeOptions):
+        self.tokenizer, self.files, self.options = tokenizer, files, options
+        self._eos = np.array(tokenizer.entry.eos_id, tokenizer.dtype)
+        self.kinds = [format_of(file, options.read) for file in files]
+
+    def __call__(self, chunk: list[tuple[int, int, bytes | str]]) -> Chunk:
+        result = Chunk(b"", [], [], [], Counter(), 0)
+        members = []
+        size = 0
+        clean, field_name = self.options.clean, self.options.read.field
+        for number, record, raw in chunk:
+            try:
+                text = extract(raw, self.kinds[number], field_name)
+            except ValueError as error:
+                if not clean.skip_bad_records:
+                    raise ValueError(
+                        f"{self.files[number].path}, record {record}: {error}; --skip-bad-records would leave it out"
+                    ) from None
+                result.dropped["bad_record"] += 1
+                continue
+            if reason := clean.reason_to_drop(text):
+                result.dropped[reason] += 1
+                continue
+            encoded = text.encode()
+            digest = hashlib.blake2b(encoded, digest_size=16)
+            tokens = np.append(self.tokenizer.encode(text), self._eos)
+            metadata = {
+                "source": self.files[number].name,
+                "record": record,
+                "characters": len(text),
+                "blake2b": digest.hexdigest(),
+            }
+            members.append(tar_sample(f"{number:06d}-{record:09d}", tokens, metadata))
+            size += len(members[-1])
+            result.ends.append(size)
+            result.token_bytes.append(tokens.nbytes)
+            result.digests.append(digest.digest())
+            result.text_bytes += len(encoded)
+        result.blob = b"".join(members)
+        return result
+
+
+class Run:
+    """A tokenize run and what it has to remember to go on after a kill."""
+
+    def __init__(self, files: list[InputFile], tokenizer: Tokenizer, out: Path, options: TokenizeOptions):
+        self.files, self.tokenizer, self.out, self.options = files, tokenizer, out, options
+        self.numbers, self.modulus = files_of_part(files, options.part)
+        self.identity = self.identity_of(files, tokenizer, options)
+        state = self._load()
+        self.file, self.record = state.get("file", self.numbers.start), state.get("record", 0)
+        self.read, self.text_bytes = state.get("read", 0), state.get("text_bytes", 0)
+        self.dropped = Counter(state.get("dropped", {}))
+        item_size = tokenizer.dtype.itemsize
+        self.writers = {
+            split: ShardWriter(out, split, options.shard_size, item_size, state.get("splits", {}).get(split))
+            for split in SPLITS
+        }
+        self._seen = _DigestSet(out / DIGESTS, state.get("digests", 0)) if options.clean.deduplicate else None
+
+    @staticmethod
+    def identity_of(files: list[InputFile], tokenizer: Tokenizer, options: TokenizeOptions) -> str:
+        """A hash of all that the result depends on, the same for all parts of a job array: only the same run may go on
+        where another stopped."""
+        whole = asdict(replace(options, part=(0, 1)))
+        described = json.dumps([whole, [asdict(file) for file in files], tokenizer.entry.fingerprint])
+        return hashlib.sha256(described.encode()).hexdigest()
+
+    def _load(self) -> dict:
+        path = self.out / PROGRESS
+        if not path.exists():
+            if any(self.out.glob("*-*.tar")):
+                raise ValueError(f"{self.out} already holds shards of something else; choose an empty folder")
+            return {}
+        state = json.loads(path.read_text())
+        if state["identity"] != self.identity:
+            raise ValueError(
+                f"{self.out} holds an unfinished run with other inputs, options or tokenizer; "
+                "repeat that command, or remove the folder"
+            )
+        return state
+
+    @property
+    def tokens(self) -> int:
+        return sum(writer.total_tokens for writer in self.writers.values())
+
+    def remaining(self) -> Documents:
+        return Documents(self.files, self.options.read, range(self.file, self.numbers.stop), self.record)
+
+    def mine(self, record: int) -> bool:
+        i, n = self.modulus
+        return record % n == i
+
+    def append(self, chunk: Chunk, documents: int, end: tuple[int, int]) -> None:
+        """Writes a finished chunk; the next document to read is `end`: file and record number."""
+        limit = int(self.options.validation * 2**64)
+        blob, start = memoryview(chunk.blob), 0
+        for stop, token_bytes, digest in zip(chunk.ends, chunk.token_bytes, chunk.digests):
+            if self._seen is not None and not self._seen.add(digest):
+                self.dropped["duplicate"] += 1
+            else:
+                split = "validation" if int.from_bytes(digest[:8], "little") < limit else "train"
+                self.writers[split].add(blob[start:stop], token_bytes)
+            start = stop
+        self.dropped.update(chunk.dropped)
+        self.read += documents
+        self.text_bytes += chunk.text_bytes
+        self.file, self.record = end
+
+    def checkpoint(self) -> None:
+        state = {
+            "identity": self.identity,
+            "file": self.file,
+            "record": self.record,
+            "read": self.read,
+            "text_bytes": self.text_bytes,
+            "dropped": dict(self.dropped),
+            "splits": {split: writer.checkpoint() for split, writer in self.writers.items()},
+            "digests": self._seen.checkpoint() if self._seen is not None else 0,
+        }
+        write_text(self.out / PROGRESS, json.dumps(state))
+
+    def finish(self) -> Manifest:
+        splits = {split: writer.finish() for split, writer in self.writers.items()}
+        source = {
+            "run": self.identity,
+            "files": len(self.numbers),
+            "documents_read": self.read,
+            "text_bytes": self.text_bytes,
+            "dropped": dict(sorted(self.dropped.items())),
+            "options": asdict(self.options),
+        }
+        manifest = Manifest(self.tokenizer.entry, splits, source)
+        write_text(self.out / MANIFEST, manifest.to_json())
+        return manifest
+
+
+class _DigestSet:
+    """The digests of all documents so far, in memory and in an append-only file."""
+
+    def __init__(self, path: Path, count: int):
+        self._file = open(path, "a+b")  # noqa: SIM115, lives as long as the run
+        self._file.truncate(16 * count)
+        self._file.seek(0)
+        content = self._file.read()
+        self._digests = {content[i : i + 16] for i in range(0, len(content), 16)}
+
+    def add(self, digest: bytes) -> bool:
+        """False if it was there before."""
+        if digest in self._digests:
+            return False
+        self._digests.add(digest)
+        self._file.write(digest)
+        return True
+
+    def checkpoint(self) -> int:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return len(self._digests)
+
+
+def tokenize(
+    inputs: list[str],
+    tokenizer: Tokenizer,
+    out: str | Path,
+    options: TokenizeOptions = TokenizeOptions(),
+    *,
+    workers: int = 0,
+    progress: bool = False,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> Manifest:
+    """Tokenizes all documents of `inputs` into the data folder `out`, or goes on with the run that was killed there.
+
+    workers: worker processes; 0 does everything in this one. With options.part = (i, N) only the i-th of N parts is
+    done, into a folder inside `out` that `titans-data merge` joins with the others. A finished run is returned as it is.
+    Raises ValueError for inputs, options and records that cannot be used.
+    """
+    files = find_inputs(inputs, list(options.suffixes))
+    out = Path(out)
+    i, n = options.part
+    if n > 1:
+        out = out / f"part-{i:05d}-of-{n:05d}"
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {out}") from None
+        if (out / MANIFEST).exists():
+            manifest = Manifest.from_json((out / MANIFEST).read_text(), str(out / MANIFEST))
+            if manifest.source.get("run") != Run.identity_of(files, tokenizer, options):
+                raise ValueError(
+                    f"{out} is a finished data folder of other inputs, options or tokenizer; choose another"
+                )
+        else:
+            run = Run(files, tokenizer, out, options)
+            tokenizer.save(out / "tokenizer")
+            run.checkpoint()
+            _work(run, workers, progress, checkpoint_seconds)
+            manifest = run.finish()
+        for name in (PROGRESS, DIGESTS):  # with a manifest there is nothing to go on from
+            (out / name).unlink(missing_ok=True)
+        return manifest
+
+
+def _work(run: Run, workers: int, progress: bool, checkpoint_seconds: float) -> None:
+    documents = run.remaining()
+    total = sum(run.files[number].size for number in range(run.file, run.numbers.stop))
+    saved = time.monotonic()
+    with (
+        progress_bar(total, disable=not progress) as bar,
+        _pool(run, workers) as encode,
+    ):
+        began, before = time.monotonic(), run.tokens
+        for chunk, count, end, bytes_read in encode(_chunks(run, documents)):
+            run.append(chunk, count, end)
+            now = time.monotonic()
+            if now - saved > checkpoint_seconds:
+                run.checkpoint()
+                saved = now
+            bar.set_postfix_str(f"{(run.tokens - before) / max(now - began, 1e-9) / 1e6:.2f} M tokens/s", refresh=False)
+            bar.update(bytes_read - bar.n)
+
+
+def _chunks(run: Run, documents: Documents):
+    """(raw documents, the file and record to go on from, bytes read so far) of about CHUNK_BYTES each."""
+    chunk, size, end = [], 0, (run.file, run.record)
+    for number, record, raw in documents:
+        if run.mine(record):
+            chunk.append((number, record, raw))
+            size += len(raw)
+        end = (number, record + 1)
+        if size >= CHUNK_BYTES or len(chunk) >= CHUNK_DOCUMENTS:
+            yield chunk, end, documents.bytes_read
+            chunk, size = [], 0
+    yield chunk, end, documents.bytes_read
+
+
+@contextmanager
+def _pool(run: Run, workers: int):
+    """A function that encodes chunks, in their order, in worker processes or here."""
+    if workers == 0:
+        encoder = ChunkEncoder(run.tokenizer, run.files, run.options)
+        yield lambda chunks: ((encoder(chunk), len(chunk), end, read) for chunk, end, read in chunks)
+        return
+
+    def encode(chunks):
+        waiting = deque()
+        for chunk, end, read in chunks:
+            waiting.append((pool.submit(_encode, chunk), len(chunk), end, read))
+            if len(waiting) > 2 * workers:  # what is read ahead stays bounded
+                future, *rest = waiting.popleft()
+                yield future.result(), *rest
+        for future, *rest in waiting:
+            yield future.result(), *rest
+
+    pool = ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),  # fork is unsafe once pyarrow or a progress bar has threads
+        _start_worker,
+        (run.out / "tokenizer", run.files, run.options),
+    )
+    try:
+        yield encode
+    except BrokenProcessPool:
+        raise ValueError(
+            "a worker process died, perhaps for lack of memory; run the same command again, with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(tokenizer: Path, files: list[InputFile], options: TokenizeOptions) -> None:
+    global _encoder
+    _encoder = ChunkEncoder(load_tokenizer(tokenizer), files, options)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # a killed parent cannot tell its workers, and they would wait for work for ever
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _encode(chunk) -> Chunk:
+    return _encoder(chunk)
+
+
+def files_of_part(files: list[InputFile], part: tuple[int, int]) -> tuple[range, tuple[int, int]]:
+    """What part i of N does: the numbers of its files, and (i, n) for "of these the records r with r % n == i".
+
+    Files go to parts in runs of about equal bytes, so the parts one after the other are the input in its order. With
+    fewer files than parts every part reads all files and takes every N-th record.
+    """
+    i, n = part
+    if not 0 <= i < n:
+        raise ValueError(f"--shard {i}/{n}: the first number must be 0 to {n - 1}")
+    if len(files) < n:
+        return range(len(files)), (i, n)
+    total = sum(file.size + 1 for file in files)
+    before, owners = 0, []
+    for file in files:
+        owners.append(int((before + (file.size + 1) / 2) * n / total))
+        before += file.size + 1
+    return range(bisect_left(owners, i), bisect_left(owners, i + 1)), (0, 1)
