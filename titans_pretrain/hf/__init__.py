@@ -1,0 +1,1 @@
+"""Hugging Face transformers: export of a trained model, and the classes that an exported folder carries."""

@@ -1,0 +1,44 @@
+"""Hugging Face configuration of a Titans model."""
+
+import dataclasses
+from typing import ClassVar
+
+from transformers import PreTrainedConfig
+
+from titans_pretrain.config.model import MacConfig, MemoryConfig, ModelConfig
+
+
+class TitansConfig(PreTrainedConfig):
+    """`ModelConfig`'s fields (see there) under their own names, with the usual Hugging Face names beside them.
+
+    `memory.chunk_size` and `mac.segment` are part of the function that the weights were trained for: another value is
+    another model.
+    """
+
+    model_type = "titans"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "dim",
+        "intermediate_size": "ffn_dim",
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
+        "tie_word_embeddings": "tie_embeddings",
+    }
+
+    def __init__(self, memory: dict | None = None, mac: dict | None = None, use_cache: bool = True, **kwargs):
+        own = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(ModelConfig) if field.name in kwargs}
+        model = ModelConfig(memory=MemoryConfig(**memory or {}), mac=MacConfig(**mac or {}), **own)  # checks the values
+        self.__dict__.update(vars(model))
+        self.use_cache = use_cache
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_model_config(cls, config: ModelConfig, **kwargs) -> "TitansConfig":
+        return cls(**dataclasses.asdict(config), **kwargs)
+
+    def model_config(self) -> ModelConfig:
+        return ModelConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelConfig)})
+
+    def to_dict(self) -> dict:
+        nested = {name: dataclasses.asdict(getattr(self, name)) for name in ("memory", "mac")}
+        return super().to_dict() | nested
