@@ -1,0 +1,117 @@
+"""What the benchmarks share: the command line, points measured in processes of their own, tables, bars."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+GIB = 2**30
+
+
+@dataclass
+class Bar:
+    """A promise about a measured number."""
+
+    name: str
+    measured: float
+    limit: float
+    unit: str
+    at_least: bool = True
+
+    @property
+    def held(self) -> bool:
+        return self.measured >= self.limit if self.at_least else self.measured <= self.limit
+
+    def __str__(self) -> str:
+        side = "at least" if self.at_least else "at most"
+        return f"{self.name}: {self.measured:.3g} {self.unit}, {side} {self.limit:g}: {'held' if self.held else 'NOT HELD'}"
+
+
+def argument_parser(doc: str) -> argparse.ArgumentParser:
+    """A benchmark's command line, with the options that all of them have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write all figures to a file")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a bar is not held")
+    return parser
+
+
+def describe_setup(threads: int, *packages: str) -> dict[str, str]:
+    """What the figures depend on besides the code."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", *packages))
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores; {threads} thread{'s' * (threads > 1)} used",
+        "software": f"Python {platform.python_version()}, {versions}",
+        "load": f"{os.getloadavg()[0]:.1f} at the start",
+    }
+
+
+def _cpu_model() -> str:
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return found[1].strip() if found else platform.machine()
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """First column to the left, numbers to the right, aligned for reading as text too."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def finish(args: argparse.Namespace, setup: dict[str, str], points: list[dict], bars: list[Bar]) -> None:
+    """Prints one line per bar, writes --json, and exits as --strict asks."""
+    print()
+    for bar in bars:
+        print(bar)
+    if args.json:
+        figures = {"setup": setup, "points": points, "bars": [asdict(bar) | {"held": bar.held} for bar in bars]}
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+    if args.strict and not all(bar.held for bar in bars):
+        sys.exit(1)
+
+
+def run_point(module: str, point: dict, threads: int = 1) -> dict:
+    """`python -m MODULE --point POINT` in a process of its own; the JSON object it prints last.
+
+    A process per point: its peak memory and its allocator's state are its own. Raises RuntimeError if it fails.
+    """
+    command = [sys.executable, "-m", module, "--point", json.dumps(point)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}  # before torch starts: idle threads spin
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def resident_bytes(peak: bool = False) -> int:
+    """Of this process now, or at most since reset_peak() (Linux)."""
+    name = "VmHWM" if peak else "VmRSS"
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def best_cpu_seconds(call: Callable[[], object], repetitions: int) -> float:
+    """CPU seconds of this process for a call, the best of some: what neighbours on the machine disturb least."""
+    times = []
+    for _ in range(repetitions):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return min(times)

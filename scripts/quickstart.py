@@ -1,0 +1,136 @@
+"""The main job end to end, in a few minutes on two CPU cores: `make quickstart`.
+
+Python's own library becomes a tokenizer and token shards; a small MAG model is trained on them, interrupted once and resumed,
+exported for Hugging Face transformers, loaded there, and completes a line of Python. Every step is a public command, printed before
+it runs. Everything lands in one folder, which a new start replaces.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+INTERRUPTED = 85  # exit code of a training that saved a checkpoint and stopped
+PROMPT = "def __init__(self, "
+
+GENERATE = """
+import sys
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, prompt = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer(prompt, return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=64, do_sample=True, temperature=0.7)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+""".strip()
+
+
+def main() -> None:
+    library = Path(sysconfig.get_path("stdlib"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("quickstart-run"), help="folder to write (default: quickstart-run)")
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        default=[f"{library}/*.py", f"{library}/[a-r]*/*.py"],
+        metavar="PATTERN",
+        help="files to learn from (default: modules and packages a to r of Python's library)",
+    )
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over configs/quickstart.yaml")
+    args = parser.parse_intermixed_args()
+    try:
+        quickstart(args.work, args.text, args.vocab_size, args.overrides)
+    except subprocess.CalledProcessError as e:
+        sys.exit(f"\nerror: `{e.cmd[0]}` ended with exit code {e.returncode}; what it said stands above")
+
+
+def quickstart(work: Path, text: list[str], vocab_size: int, overrides: list[str]) -> None:
+    started = time.monotonic()
+    if work.exists():
+        if not (work / ".quickstart").is_file() and any(work.iterdir()):
+            sys.exit(f"error: {work} holds something that the quickstart did not write; choose another folder with --work")
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    (work / ".quickstart").touch()
+    tokenizer, data, run, exported = (str(work / name) for name in ("tokenizer", "data", "run", "exported"))
+    print(f"The commands below are in {BIN}: run them by name after `source {BIN}/activate`.")
+
+    say("A tokenizer from real text: the sources of Python's library.")
+    command("titans-data", "tokenizer", *text, "--vocab-size", str(vocab_size), "--out", tokenizer)
+
+    say("The same text as shards of tokens, one document in a hundred held out.")
+    command("titans-data", "tokenize", *text, "--tokenizer", tokenizer, "--out", data)
+    command("titans-data", "inspect", data, "--sample", "1")
+
+    say("Training, interrupted half-way as Ctrl-C would.")
+    config = str(REPOSITORY / "configs" / "quickstart.yaml")
+    train = ["titans-pretrain", "train", config, f"data.path={data}", f"run.dir={run}", *overrides]
+    interrupt_half_way(train, Path(run))
+
+    say("The same command again goes on from the checkpoint, bit for bit as if nothing had happened.")
+    command(*train)
+
+    say("Out to Hugging Face transformers, which needs only this folder.")
+    command("titans-pretrain", "export", run, exported)
+    script = work / "generate.py"
+    script.write_text(GENERATE + "\n")
+    print(f"\n$ cat {script}\n{GENERATE}")
+    command("python", str(script), exported, PROMPT)
+
+    say("The same without transformers.")
+    command("titans-pretrain", "generate", run, "--prompt", PROMPT, "--max-new-tokens", "64", "--temperature", "0.7")
+
+    say(f"What came out, {(time.monotonic() - started) / 60:.1f} minutes after the start.")
+    command("titans-pretrain", "report", run)
+
+
+def say(text: str) -> None:
+    print(f"\n# {text}", flush=True)
+
+
+def command(*words: str) -> None:
+    """Prints a command and runs it; raises CalledProcessError if it fails."""
+    print(f"$ {shlex.join(words)}", flush=True)
+    subprocess.run([BIN / words[0], *words[1:]], check=True)
+
+
+def interrupt_half_way(words: list[str], run: Path) -> None:
+    """Runs a training command and stops it by a signal when half of its steps are done."""
+    print(f"$ {shlex.join(words)}", flush=True)
+    process = subprocess.Popen([BIN / words[0], *words[1:]])
+    try:
+        while process.poll() is None and _share_done(run) < 0.5:
+            time.sleep(0.1)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        code = process.wait()
+    finally:
+        process.kill()
+    if code != INTERRUPTED:
+        raise subprocess.CalledProcessError(code, words)
+
+
+def _share_done(run: Path) -> float:
+    """Of the steps of a run, from its own files."""
+    metrics, config = run / "metrics.jsonl", run / "config.yaml"
+    if not (metrics.exists() and config.exists()):
+        return 0.0
+    from titans_pretrain.config import load_config
+
+    lines = [json.loads(line) for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return max((line["step"] for line in lines), default=0) / load_config(config).train.steps
+
+
+if __name__ == "__main__":
+    main()
