@@ -20,7 +20,16 @@ import sys
 import torch
 
 from benchmarks.common import (
-    GIB, Bar, argument_parser, best_cpu_seconds, describe_setup, finish, markdown_table, reset_peak, resident_bytes, run_point,
+    GIB,
+    Bar,
+    argument_parser,
+    best_cpu_seconds,
+    describe_setup,
+    finish,
+    markdown_table,
+    reset_peak,
+    resident_bytes,
+    run_point,
 )  # fmt: skip
 
 DIM, HEADS, DEPTH, EXPANSION, MAX_LR = 256, 4, 2, 2, 0.1
@@ -125,7 +134,9 @@ def bars_of(points: list[dict]) -> list[Bar]:
     speed = {key: p["tokens_per_cpu_second"] for key, p in found.items()}
     chunks = sorted({chunk for chunk, _, _ in found})
     bars = [
-        Bar(f"speed over {PEER}, 4K tokens, chunk {c}", speed[c, 4096, OURS] / speed[c, 4096, PEER], SPEEDUP[c], "times")
+        Bar(
+            f"speed over {PEER}, 4K tokens, chunk {c}", speed[c, 4096, OURS] / speed[c, 4096, PEER], SPEEDUP[c], "times"
+        )
         for c in chunks
         if c in SPEEDUP and (c, 4096, PEER) in found
     ]

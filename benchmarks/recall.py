@@ -43,7 +43,9 @@ def recall_config(**options) -> ModelConfig:
     """Two layers of width 64; options are keys of `model`, those of its memory as `memory.KEY`."""
     memory = {k.removeprefix("memory."): v for k, v in options.items() if k.startswith("memory.")}
     model = {k: v for k, v in options.items() if not k.startswith("memory.")}
-    base = dict(variant="lmm", dim=64, layers=2, heads=2, vocab_size=VOCAB, window=WINDOW, persistent_tokens=4, ffn_dim=128)
+    base = dict(
+        variant="lmm", dim=64, layers=2, heads=2, vocab_size=VOCAB, window=WINDOW, persistent_tokens=4, ffn_dim=128
+    )
     return ModelConfig(**(base | model), memory=MemoryConfig(**(dict(heads=2, expansion=2) | memory)))
 
 
@@ -85,7 +87,9 @@ def train(model, steps: int, *, lr: float = 3e-3, rows: int = 32, seed: int = 0,
 
 
 @torch.no_grad()
-def stress(model, tokens: int = 4096, random_tokens: int = 4096, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+def stress(
+    model, tokens: int = 4096, random_tokens: int = 4096, dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
     """Largest memory weight after `tokens` equal tokens, and after random ones; nan when an output or a weight is not finite."""
     generator = torch.Generator().manual_seed(3)
     vocab = model.config.vocab_size

@@ -29,7 +29,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import (
-    Bar, argument_parser, best_cpu_seconds, describe_setup, finish, markdown_table, run_point,
+    Bar,
+    argument_parser,
+    best_cpu_seconds,
+    describe_setup,
+    finish,
+    markdown_table,
+    run_point,
 )  # fmt: skip
 from titans_pretrain.config import Config, ModelConfig
 from titans_pretrain.config.model import VARIANTS
@@ -129,7 +135,11 @@ def scopes(split: Split, trainer) -> Iterator[None]:
                 stack.enter_context(mock.patch(name, split.wrap(part, pkgutil.resolve_name(name))))
         for part, owner, name in (
             ("optimizer", trainer.optimizer, "step"),
-            *(("memory", m.retrieve_proj, "forward") for m in trainer.model.layers if getattr(m, "retrieve_proj", None)),
+            *(
+                ("memory", m.retrieve_proj, "forward")
+                for m in trainer.model.layers
+                if getattr(m, "retrieve_proj", None)
+            ),
         ):
             stack.enter_context(mock.patch.object(owner, name, split.wrap(part, getattr(owner, name))))
         read = split.wrap("data", functools.partial(next, trainer.reader))
@@ -207,7 +217,9 @@ def table_of(points: list[dict]) -> str:
         for part, seconds, flops in [*parts, ("step", whole, sum(p["flops"].values()))]:
             if seconds:
                 rate = f"{flops / seconds / peak:.0%}" if flops else ""
-                rows.append([p["variant"], part, f"{1e3 * seconds:,.1f}", f"{seconds / whole:.0%}", f"{flops / 1e9:,.1f}", rate])
+                rows.append(
+                    [p["variant"], part, f"{1e3 * seconds:,.1f}", f"{seconds / whole:.0%}", f"{flops / 1e9:,.1f}", rate]
+                )
     return markdown_table(["variant", "part", "ms", "of step", "GFLOP", "of peak"], rows) + (
         f"\n\npeak: a 1024 x 1024 matrix product runs at {peak / 1e9:.1f} GFLOP/s"
     )
@@ -218,7 +230,9 @@ def bars_of(points: list[dict]) -> list[Bar]:
     base = seconds.pop("transformer", None)
     if base is None:
         return []
-    return [Bar(f"step of {v} over the transformer's", s / base, LIMIT, "times", at_least=False) for v, s in seconds.items()]
+    return [
+        Bar(f"step of {v} over the transformer's", s / base, LIMIT, "times", at_least=False) for v, s in seconds.items()
+    ]
 
 
 def main() -> None:

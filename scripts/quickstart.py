@@ -7,6 +7,7 @@ it runs. Everything lands in one folder, which a new start replaces.
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -19,7 +20,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 INTERRUPTED = 85  # exit code of a training that saved a checkpoint and stopped
-PROMPT = "def __init__(self, "
+PROMPT = "def __init__(self"
 
 GENERATE = """
 import sys
@@ -38,7 +39,9 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 def main() -> None:
     library = Path(sysconfig.get_path("stdlib"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("quickstart-run"), help="folder to write (default: quickstart-run)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("quickstart-run"), help="folder to write (default: quickstart-run)"
+    )
     parser.add_argument(
         "--text",
         nargs="+",
@@ -52,14 +55,18 @@ def main() -> None:
     try:
         quickstart(args.work, args.text, args.vocab_size, args.overrides)
     except subprocess.CalledProcessError as e:
-        sys.exit(f"\nerror: `{e.cmd[0]}` ended with exit code {e.returncode}; what it said stands above")
+        sys.exit(f"\nerror: {Path(e.cmd[0]).name} ended with exit code {e.returncode}; what it said stands above")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def quickstart(work: Path, text: list[str], vocab_size: int, overrides: list[str]) -> None:
     started = time.monotonic()
     if work.exists():
         if not (work / ".quickstart").is_file() and any(work.iterdir()):
-            sys.exit(f"error: {work} holds something that the quickstart did not write; choose another folder with --work")
+            sys.exit(
+                f"error: {work} holds something that the quickstart did not write; choose another folder with --work"
+            )
         shutil.rmtree(work)
     work.mkdir(parents=True)
     (work / ".quickstart").touch()
@@ -69,12 +76,12 @@ def quickstart(work: Path, text: list[str], vocab_size: int, overrides: list[str
     say("A tokenizer from real text: the sources of Python's library.")
     command("titans-data", "tokenizer", *text, "--vocab-size", str(vocab_size), "--out", tokenizer)
 
-    say("The same text as shards of tokens, one document in a hundred held out.")
-    command("titans-data", "tokenize", *text, "--tokenizer", tokenizer, "--out", data)
+    say("The same text as shards of tokens, three documents in a hundred held out.")
+    command("titans-data", "tokenize", *text, "--tokenizer", tokenizer, "--validation", "0.03", "--out", data)
     command("titans-data", "inspect", data, "--sample", "1")
 
     say("Training, interrupted half-way as Ctrl-C would.")
-    config = str(REPOSITORY / "configs" / "quickstart.yaml")
+    config = os.path.relpath(REPOSITORY / "configs" / "quickstart.yaml")
     train = ["titans-pretrain", "train", config, f"data.path={data}", f"run.dir={run}", *overrides]
     interrupt_half_way(train, Path(run))
 
@@ -117,7 +124,7 @@ def interrupt_half_way(words: list[str], run: Path) -> None:
         code = process.wait()
     finally:
         process.kill()
-    if code != INTERRUPTED:
+    if code not in (INTERRUPTED, 0):  # 0: it was faster than the signal
         raise subprocess.CalledProcessError(code, words)
 
 

@@ -170,7 +170,23 @@ class _Gradients:
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, forget, momentum, lr, reset, spans, residual_norm, to_initial, half_read, leaves_half, depth, *states):
+    def forward(
+        ctx,
+        q,
+        k,
+        v,
+        forget,
+        momentum,
+        lr,
+        reset,
+        spans,
+        residual_norm,
+        to_initial,
+        half_read,
+        leaves_half,
+        depth,
+        *states,
+    ):
         tokens, config = (q, k, v, forget, momentum, lr), (residual_norm, to_initial, half_read, depth)
         walk = _Walk(tokens, reset, *config, states)
         y = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -51,7 +51,9 @@ def layer_norm(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def layer_norm_vjp(g: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """The norm's Jacobian, which is symmetric, times g."""
     mean, rstd = mean.contiguous(), rstd.contiguous()  # the operator reads them as dense, whatever their strides
-    return torch.ops.aten.native_layer_norm_backward(g, z, z.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
+    return torch.ops.aten.native_layer_norm_backward(g, z, z.shape[-1:], mean, rstd, None, None, [True, False, False])[
+        0
+    ]
 
 
 def memory_network(x: Tensor, weights, residual_norm: bool) -> Tensor:

@@ -57,7 +57,9 @@ def scan(
                 surprise = tuple(torch.where(row, i, s) for i, s in zip(initial_state.surprise, surprise, strict=True))
             anchor = weights
         u = gradient(anchor, k[:, t], v[:, t])
-        alpha, eta, theta = ([g[:, t, :, min(i, g.shape[-1] - 1), None, None] for i in range(depth)] for g in (forget, momentum, lr))
+        alpha, eta, theta = (
+            [g[:, t, :, min(i, g.shape[-1] - 1), None, None] for i in range(depth)] for g in (forget, momentum, lr)
+        )
         surprise = tuple(eta[i] * surprise[i] - theta[i] * u[i] for i in range(depth))
         towards = initial_state.weights if forget_to == "initial" else (0.0,) * depth
         weights = tuple(towards[i] + (1 - alpha[i]) * (weights[i] - towards[i]) + surprise[i] for i in range(depth))

@@ -146,15 +146,21 @@ def _check(q, k, v, forget, momentum, lr, state, chunk_size, forget_to, reset, i
         if s is not None:
             _check_state(name, s, batch, heads, dim, depth)
     if state.offset >= chunk_size:
-        raise ValueError(f"the state has read {state.offset} tokens of its chunk, more than chunk_size={chunk_size} holds")
+        raise ValueError(
+            f"the state has read {state.offset} tokens of its chunk, more than chunk_size={chunk_size} holds"
+        )
     if initial_state is not None and initial_state.offset:
         raise ValueError("initial_state must stand at a chunk's start (offset 0); use initial_state.opened()")
     if reset is not None:
         chunks = -(-(state.offset + tokens) // chunk_size)
         if reset.dtype != torch.bool or reset.shape != (batch, chunks):
-            raise ValueError(f"reset must be bool {(batch, chunks)} (batch, chunks), got {reset.dtype} {tuple(reset.shape)}")
+            raise ValueError(
+                f"reset must be bool {(batch, chunks)} (batch, chunks), got {reset.dtype} {tuple(reset.shape)}"
+            )
         if state.offset and reset[:, 0].any():
-            raise ValueError(f"reset in a half-read chunk (offset {state.offset}): documents start at chunk starts only")
+            raise ValueError(
+                f"reset in a half-read chunk (offset {state.offset}): documents start at chunk starts only"
+            )
 
 
 def _check_state(name: str, state: MemoryState, batch: int, heads: int, dim: int, depth: int) -> None:
@@ -169,5 +175,7 @@ def _check_state(name: str, state: MemoryState, batch: int, heads: int, dim: int
                 f"expected [{batch}, {heads}, {width}, {dim if last else 'hidden'}]"
             )
         if w.dtype not in (torch.float32, torch.float64) or s.dtype != w.dtype:
-            raise ValueError(f"{name}: memory layer {i} is {w.dtype} / {s.dtype}; states are float32 (float64 in tests)")
+            raise ValueError(
+                f"{name}: memory layer {i} is {w.dtype} / {s.dtype}; states are float32 (float64 in tests)"
+            )
         width = w.shape[3]

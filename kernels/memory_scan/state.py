@@ -22,9 +22,13 @@ class MemoryState:
 
     def __post_init__(self):
         if len(self.weights) != len(self.surprise):
-            raise ValueError(f"{len(self.weights)} weights but {len(self.surprise)} surprise tensors; give one of each per memory layer")
+            raise ValueError(
+                f"{len(self.weights)} weights but {len(self.surprise)} surprise tensors; give one of each per memory layer"
+            )
         if (self.anchor is None) != (self.offset == 0):
-            raise ValueError(f"a half-read chunk needs its anchor and only it has one: offset={self.offset}, anchor given: {self.anchor is not None}")
+            raise ValueError(
+                f"a half-read chunk needs its anchor and only it has one: offset={self.offset}, anchor given: {self.anchor is not None}"
+            )
 
     @staticmethod
     def initial(weights, batch: int) -> "MemoryState":

@@ -34,9 +34,7 @@ def step(
     gradient = inner_gradient(key, value, anchor, residual_norm)
     weights, surprise = [], []
     for i in range(state.depth):
-        alpha, eta, theta = (
-            g[:, 0, :, min(i, g.shape[-1] - 1), None, None].to(dtype) for g in (forget, momentum, lr)
-        )
+        alpha, eta, theta = (g[:, 0, :, min(i, g.shape[-1] - 1), None, None].to(dtype) for g in (forget, momentum, lr))
         s = eta * state.surprise[i] - theta * (gradient.inputs[i].mT @ gradient.deltas[i])
         w = (1 - alpha) * state.weights[i] + s
         if forget_to == "initial":
@@ -46,5 +44,3 @@ def step(
     offset = (state.offset + 1) % chunk_size
     new = MemoryState(tuple(weights), tuple(surprise), tuple(anchor) if offset else None, offset)
     return memory_read(q, new, residual_norm=residual_norm), new
-
-

@@ -21,7 +21,9 @@ def default_size(**memory):
 
 def assert_finite(model, dtype, random_tokens):
     equal, random = stress(model, tokens=4096, random_tokens=random_tokens, dtype=dtype)
-    assert math.isfinite(equal) and math.isfinite(random), f"largest weight {equal} after equal tokens, {random} after random"
+    assert math.isfinite(equal) and math.isfinite(random), (
+        f"largest weight {equal} after equal tokens, {random} after random"
+    )
 
 
 @precisions

@@ -54,7 +54,7 @@ def oracle(q, k, v, *, window, positions=None, persistent=None, tail=None):
         for i in range(q.shape[1]):
             seen = []
             for j in range(-past, q.shape[1]):
-                near = 0 <= i - j and (window is None or i - j < window)
+                near = i - j >= 0 and (window is None or i - j < window)
                 if near and (positions is None or i - j <= max(int(positions[b, i]), 0)):
                     seen.append(j + past)
             ks, vs = keys[seen], values[seen]

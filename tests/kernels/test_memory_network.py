@@ -1,5 +1,7 @@
 """The pieces of the inner gradient against automatic differentiation, float64."""
 
+import itertools
+
 import torch
 from torch.func import grad, vmap
 
@@ -19,7 +21,9 @@ def test_inner_gradient_is_the_gradient():
     for depth in (1, 2, 3):
         for residual_norm in (False, True):
             widths = [6, *[7 + i for i in range(depth - 1)], 6]
-            weights = [torch.randn(i, o, dtype=torch.float64, requires_grad=True) for i, o in zip(widths, widths[1:])]
+            weights = [
+                torch.randn(i, o, dtype=torch.float64, requires_grad=True) for i, o in itertools.pairwise(widths)
+            ]
             loss = (memory_network(k, weights, residual_norm) - v).square().sum()
             found = inner_gradient(k, v, weights, residual_norm)
             for w, a, e in zip(torch.autograd.grad(loss, weights), found.inputs, found.deltas, strict=True):

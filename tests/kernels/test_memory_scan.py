@@ -98,7 +98,9 @@ def test_chunked_equals_reference(depth, residual_norm, forget_to, per_layer, re
     compare(x, depth, options, dict(checkpoint_every=2))
 
 
-@pytest.mark.parametrize("tokens, chunk", [(1, 1), (1, 4), (7, 1), (3, 8), (16, 8), (17, 8), (40, 34), (75, 34), (70, 66)])
+@pytest.mark.parametrize(
+    "tokens, chunk", [(1, 1), (1, 4), (7, 1), (3, 8), (16, 8), (17, 8), (40, 34), (75, 34), (70, 66)]
+)
 def test_lengths_and_chunks(tokens, chunk):
     """Single tokens, chunks longer than the sequence, chunks of several tiles (34 = 2 x 17) and of one odd tile."""
     compare(make(tokens, 2, batch=1, seed=tokens), 2, dict(chunk_size=chunk, residual_norm=True, forget_to="initial"))
@@ -129,7 +131,9 @@ def test_split_invariance(backend, chunk, cuts, forget_to):
         assert_equal(p, r, name=name)
 
 
-@pytest.mark.parametrize("depth, residual_norm, forget_to", list(itertools.product((1, 2, 3), (False, True), ("zero", "initial"))))
+@pytest.mark.parametrize(
+    "depth, residual_norm, forget_to", list(itertools.product((1, 2, 3), (False, True), ("zero", "initial")))
+)
 def test_steps_equal_scan(depth, residual_norm, forget_to):
     x = make(11, depth)
     options = dict(chunk_size=4, residual_norm=residual_norm, forget_to=forget_to)
@@ -157,7 +161,7 @@ def test_reset_starts_afresh():
 def test_inert_tokens_leave_the_weights():
     x = make(9, 2)
     zeros = torch.zeros_like(x["lr"])
-    state, initial = states(x, 2)
+    state, _ = states(x, 2)
     _, new = memory_scan(*arguments(x)[:3], zeros, zeros, zeros, state, chunk_size=4)
     for a, b in zip(new.weights, state.weights, strict=True):
         assert torch.equal(a, b)

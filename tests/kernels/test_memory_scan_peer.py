@@ -4,6 +4,8 @@ Its loss is a mean over D, so its step is theta / D of ours. Its own networks us
 a fast weight; it takes any network, so both sides get ours.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ class MemoryNetwork(torch.nn.Module):
     def __init__(self, size, depth, residual_norm):
         super().__init__()
         widths = [size, *[2 * size] * (depth - 1), size]
-        self.weights = torch.nn.ParameterList(torch.randn(i, o) / i**0.5 for i, o in zip(widths, widths[1:], strict=False))
+        self.weights = torch.nn.ParameterList(torch.randn(i, o) / i**0.5 for i, o in itertools.pairwise(widths))
         self.residual_norm = residual_norm
 
     def forward(self, x):

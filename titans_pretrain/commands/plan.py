@@ -15,10 +15,6 @@ from titans_pretrain.models import build_model
 _KEPT = {"transformer": (40, 36), "lmm": (100, 95), "mal": (128, 119), "mag": (140, 135), "mac": (275, 245)}
 _KEPT_FFN = (16, 9.5)  # likewise, per token and hidden dimension of the feed-forward part
 
-# A scan's backward pass over its forward pass: it recomputes the states and differentiates twice. Counted with
-# torch.utils.flop_counter, 3.4 to 3.8 over chunk sizes and depths.
-_SCAN_BACKWARD = 3.6
-
 
 def plan(config: Config) -> str:
     """The tables as text. Reads no tokens, allocates no weights."""
@@ -81,14 +77,18 @@ def _part(name: str) -> str:
 
 
 def flops_per_token(config: Config, model: nn.Module) -> tuple[float, float]:
-    """Matrix-product FLOPs of one token (forward, forward + backward), attention and memory as far as they are needed."""
+    """Matrix-product FLOPs of one token: (forward, a training step).
+
+    A backward pass costs twice its forward pass; what is recomputed in it, once more: always the memory's states, and
+    under train.recompute=block everything but the head.
+    """
     c = config.model
     linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     head = 2 * c.dim * c.vocab_size
     blocks = linear - (0 if c.tie_embeddings else head) + c.layers * attention_flops(config)
     scans = c.layers * scan_flops(c) if c.has_memory else 0
     recomputed = 1 if config.train.recompute == "block" else 0
-    training = 3 * head + (3 + recomputed) * blocks + (1 + _SCAN_BACKWARD + recomputed) * scans
+    training = 3 * head + (3 + recomputed) * blocks + (4 + recomputed) * scans
     return head + blocks + scans, training
 
 
@@ -113,12 +113,15 @@ def scan_flops(c: ModelConfig) -> float:
     hidden = int(c.memory.expansion * size)
     widths = [size, *[hidden] * (c.memory.depth - 1), size]
     weights = [a * b for a, b in itertools.pairwise(widths)]
-    read = 2 * sum(weights)
-    gradient = 2 * sum(weights) + 2 * sum(weights[1:])
-    update = 4 * sum(weights)  # of the weights and of the surprise
+    product = 2 * sum(weights)  # one input through one set of weights
+    read = (
+        3 if c.memory.forget_to == "initial" else 2
+    ) * product  # weights, surprise, initial weights: decay differs by token
+    gradient = product + 2 * sum(weights[1:])
+    write = 2 * product  # into weights and surprise
     within_chunk = 2 * c.memory.chunk_size * (sum(widths[:-1]) + sum(widths[1:]))
-    retrieve = read if c.variant == "mac" else 0
-    return c.memory.heads * (read + gradient + update + within_chunk + retrieve)
+    retrieve = product if c.variant == "mac" else 0
+    return c.memory.heads * (read + gradient + write + within_chunk + retrieve)
 
 
 def memory_mib(config: Config, parameters: int) -> dict[str, float]:

@@ -45,7 +45,7 @@ class TitansForCausalLM(nn.Module):
                 nn.init.normal_(module.weight, std=std / (2 * self.config.layers) ** 0.5 if last else std)
 
     def set_recompute(self, mode: str) -> None:
-        """"block": drop each block's activations and recompute them in the backward pass; "none": keep them."""
+        """ "block": drop each block's activations and recompute them in the backward pass; "none": keep them."""
         if mode not in RECOMPUTE:
             raise ValueError(f"recompute={mode!r} is not one of {', '.join(RECOMPUTE)}")
         self.recompute = mode
@@ -98,7 +98,9 @@ class TitansForCausalLM(nn.Module):
             raise ValueError(f"tokens must be int64 [B, T] with T >= 1, got {tokens.dtype} {tuple(tokens.shape)}")
         for name, x in (("labels", labels), ("positions", positions)):
             if x is not None and (x.shape != tokens.shape or x.dtype != torch.int64):
-                raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}; it must be int64 {tuple(tokens.shape)} as tokens")
+                raise ValueError(
+                    f"{name} is {x.dtype} {tuple(x.shape)}; it must be int64 {tuple(tokens.shape)} as tokens"
+                )
         if state is not None and state.position.shape[0] != tokens.shape[0]:
             raise ValueError(f"the state is of a batch of {state.position.shape[0]}, tokens of {tokens.shape[0]}")
         if tokens.device.type != "cpu":  # the checks below would make the device wait

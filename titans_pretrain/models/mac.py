@@ -29,7 +29,9 @@ class MacBlock(Block):
         self.segment = config.mac.segment
         self.memory = MemoryLayer(config)
         self.attention = AttentionLayer(config)
-        self.write_norm = RMSNorm(config.dim, config.norm_eps)  # of the attention's output, before it is written to memory
+        self.write_norm = RMSNorm(
+            config.dim, config.norm_eps
+        )  # of the attention's output, before it is written to memory
         self.gate = Gate(config)
         self.retrieve_proj, self.memory_queries = None, None
         if config.mac.memory_tokens:

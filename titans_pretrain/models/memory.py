@@ -38,8 +38,12 @@ class MemoryLayer(nn.Module):
         self.reset_parameters(config.init_std)
 
     def reset_parameters(self, std: float) -> None:
-        """Gates start at alpha = sigmoid(-6), and half of eta's and theta's maximum. With residual_norm the memory's
-        output must not start near zero: the gradient through the norm grows as its inverse."""
+        """Gates start at alpha = sigmoid(-6), and half of eta's and theta's maximum.
+
+        With residual_norm the first and last matrix of the memory have unit entries: for keys of unit length each layer then
+        adds about 2 to the curvature of a token's inner loss, so that steps of theta = 0.1 are small ones. (Entries of
+        1 / sqrt(d_in) would make the last layer's 2 * d_in: through the norm, the gradient grows as the inverse of the weights.)
+        """
         for name in ("q", "k", "v"):
             nn.init.normal_(getattr(self, f"{name}_conv"), std=self.config.conv_size**-0.5)
         nn.init.constant_(self.forget_proj.bias, -6.0)
@@ -47,7 +51,10 @@ class MemoryLayer(nn.Module):
         nn.init.zeros_(self.lr_proj.bias)
         for w in self.weights:
             nn.init.normal_(w, std=w.shape[1] ** -0.5)
-        if not self.config.residual_norm:
+        if self.config.residual_norm:
+            nn.init.normal_(self.weights[0])
+            nn.init.normal_(self.weights[-1])
+        else:
             nn.init.normal_(self.weights[-1], std=std)
 
     def forward(
