@@ -359,6 +359,9 @@ def _pool(run: Run, workers: int):
         pool.shutdown(cancel_futures=True)
 
 
+_encoder: "ChunkEncoder"  # of this worker process
+
+
 def _start_worker(tokenizer: Path, files: list[InputFile], options: TokenizeOptions) -> None:
     global _encoder
     _encoder = ChunkEncoder(load_tokenizer(tokenizer), files, options)
