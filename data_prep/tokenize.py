@@ -359,7 +359,7 @@ def _pool(run: Run, workers: int):
         pool.shutdown(cancel_futures=True)
 
 
-_encoder: "ChunkEncoder"  # of this worker process
+_encoder: ChunkEncoder  # of this worker process
 
 
 def _start_worker(tokenizer: Path, files: list[InputFile], options: TokenizeOptions) -> None:
