@@ -25,9 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
-    # Before torch loads OpenMP: its threads otherwise spin while they wait, and on cores that other programs use too a
-    # training step on two threads took 30 times as long as on one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Before torch loads OpenMP, whose threads spin for long while they wait: on cores that other programs use too a step
+    # on two threads took 50 times as long as on one. Short spins cost little on idle cores and sleep on busy ones.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """What a person sees of a run: a bar on a terminal, plain lines anywhere else."""
 
+import os
 import sys
 import time
 from collections import deque
@@ -12,7 +13,7 @@ class Progress:
         self._steps, self._log_every = steps, log_every
         self._times: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=21)  # (clock, tokens so far)
         self._bar = None
-        if sys.stderr.isatty():
+        if _is_terminal():
             from tqdm import tqdm
 
             self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
@@ -41,6 +42,11 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _is_terminal() -> bool:
+    """Whether a bar would be seen: tqdm draws nothing on a terminal without a size, as some containers have."""
+    return sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno()))
 
 
 def format_seconds(seconds: float) -> str:

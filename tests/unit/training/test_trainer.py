@@ -1,8 +1,15 @@
 """The loop on stubs: what a step computes, what stops it, what it leaves on disk."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import signal
+import struct
+import subprocess
+import sys
+import termios
 
 import pytest
 import torch
@@ -241,3 +248,34 @@ def test_plain_progress_lines(capsys):
     assert "loss 2.5000" in lines[0]
     assert lines[-1].endswith("left 0:00")
     assert format_seconds(3725) == "1:02:05"
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(30, 120), (0, 0)])
+def test_a_terminal_gets_a_bar_and_one_without_a_size_gets_lines(rows, columns):
+    """In a process whose standard error is a terminal of that size."""
+    code = (
+        "from titans_pretrain.training.progress import Progress\n"
+        "progress = Progress(steps=2, done=0, log_every=1)\n"
+        "for step in (1, 2):\n"
+        "    progress.update(step, 100, {'loss': 2.5, 'lr': 1e-3, 'grad_norm': 1.25})\n"
+        "progress.note('told')\nprogress.close()"
+    )
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    out = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=terminal, check=True, text=True
+    ).stdout
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO once all is read
+        while part := os.read(main, 4096):
+            shown += part
+    os.close(main)
+    if columns:
+        assert b"2/2 [" in shown
+        assert b"loss 2.5000, " in shown
+        assert b"tokens/s" in shown
+        assert out == "told\n"
+    else:
+        assert shown == b""
+        assert [line[:8] for line in out.splitlines()] == ["step 1/2", "step 2/2", "told"]
