@@ -10,6 +10,8 @@ from titans_pretrain.kernels.short_conv import causal_conv
 from titans_pretrain.models.norm import RMSNorm
 from titans_pretrain.models.state import InitialMemory, MemoryLayerState
 
+PIECE = 8192  # tokens read at a time: on a CPU the working memory of longer calls is fresh, and slow, every time
+
 
 class MemoryLayer(nn.Module):
     """Reads x [B, T, dim] into a memory of its own per head and out of it. H heads of D = dim / H, L memory layers."""
@@ -66,6 +68,18 @@ class MemoryLayer(nn.Module):
     ) -> tuple[Tensor, MemoryLayerState]:
         """state: from the call before; None starts a document. positions [B, T]: 0 starts a document, -1 is inert padding.
         persistent [P, dim]: tokens that every document's memory has read before its first one."""
+        if x.shape[1] <= PIECE:
+            return self._read(x, state, positions, persistent)
+        outputs = []
+        where = [None] * -(-x.shape[1] // PIECE) if positions is None else positions.split(PIECE, 1)
+        for piece, here in zip(x.split(PIECE, 1), where, strict=True):
+            y, state = self._read(piece, state, here, persistent)
+            outputs.append(y)
+        return torch.cat(outputs, 1), state
+
+    def _read(
+        self, x: Tensor, state: MemoryLayerState | None, positions: Tensor | None, persistent: Tensor | None
+    ) -> tuple[Tensor, MemoryLayerState]:
         c = self.config
         start = self.initial(persistent, state)
         if state is None:
