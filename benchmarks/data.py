@@ -20,30 +20,15 @@ import sysconfig
 import tempfile
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
+from benchmarks.common import Bar
+
 ROUNDS = 2
-
-
-@dataclass
-class Bar:
-    name: str
-    measured: float
-    limit: float
-    unit: str
-    at_least: bool = True
-
-    @property
-    def held(self) -> bool:
-        return self.measured >= self.limit if self.at_least else self.measured <= self.limit
-
-    def __str__(self) -> str:
-        side = "at least" if self.at_least else "at most"
-        return f"{self.name}: {self.measured:.3g} {self.unit}, {side} {self.limit:g}: {'held' if self.held else 'NOT HELD'}"
 
 
 def find_text(paths: list[str] | None, megabytes: int) -> list[Path]:
