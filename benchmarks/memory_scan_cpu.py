@@ -10,7 +10,8 @@ are not the same function: titans-pytorch takes one step per chunk; ours has mom
 convolutions, l2 norms and an output gate around it.
 
 Every point has its own process: a warm-up, then repetitions; both sides alternate, and the best of all rounds counts. Speed is in
-tokens per CPU second. torch may use huge pages (THP_MEM_ALLOC_ENABLE=1) on both sides. Memory is the peak of the resident set above what it was with the model and the input built.
+tokens per CPU second. Memory is the peak of the resident set above what it was with the model and the input built. torch may use
+huge pages for large blocks, on both sides (THP_MEM_ALLOC_ENABLE=1).
 """
 
 import json
