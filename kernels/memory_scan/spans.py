@@ -1,8 +1,8 @@
 """Cutting a sequence into spans of equal tiles.
 
 The gradient chunk (C, part of the function) and the tile (a matter of cost) are independent: inside a chunk the gradients are
-fixed and the two-state recurrence is linear, so it may be cut anywhere. A span is a run of equal tiles that is handled as one
-batch; the state is saved at every span's start and recomputed inside it.
+fixed and the two-state recurrence is linear, so it may be cut anywhere. A span is a run of equal tiles;
+the state is saved at its start and recomputed inside it.
 """
 
 import math
