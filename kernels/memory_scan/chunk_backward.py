@@ -7,6 +7,7 @@ from torch import Tensor
 
 from titans_pretrain.kernels.memory_scan.chunk_forward import Matrices, read, scale
 from titans_pretrain.kernels.memory_scan.gates import TileTables
+from titans_pretrain.kernels.memory_scan.hidden_split import HiddenGroup, sum_over_ranks
 from titans_pretrain.kernels.memory_scan.network import (
     InnerGradient,
     gelu_derivatives,
@@ -28,8 +29,11 @@ class StateGradients:
 def tile_backward(
     d_y: Tensor, q: Tensor, tables: list[TileTables], state: Matrices, anchor: Matrices, gradient: InnerGradient,
     towards: Matrices | None, d_tables: list[TileTables], d: StateGradients, residual_norm: bool,
+    hidden_group: HiddenGroup, z: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v. d.state: of the state after the tile, on return of the one before it, the anchor's part left out."""
+    """Gradients of q, k, v; those of q and k through the weights alone (the residual adds d_y and -d_v), with a hidden_group
+    partial. d.state: of the state after the tile, on return of the one before it, the anchor's part left out. z: the reads' z_L,
+    where `read` gives only a part of it."""
     depth = len(state)
     d_a, d_e, reads = ([None] * depth for _ in range(3))
     layers = read(q, tables, state, gradient, towards)
@@ -39,7 +43,8 @@ def tile_backward(
         if layer < depth - 1:
             d_p = gelu_vjp(d_h, p)
         elif residual_norm:
-            d_p = layer_norm_vjp(d_h, p, *layer_norm(p)[1:])
+            z = p if z is None else z
+            d_p = layer_norm_vjp(d_h, z, *layer_norm(z)[1:])
         else:
             d_p = d_h
         t, a, e = tables[layer], gradient.inputs[layer], gradient.deltas[layer]
@@ -61,9 +66,9 @@ def tile_backward(
         _carry_backward(d.state[layer], state[layer], t.carry, d_tables[layer].carry)
         scaled, d_p = reads[layer]
         d.state[layer].baddbmm_(scaled.mT, d_p)
-    d_k, d_v, d_anchor = _inner_gradient_backward(gradient, anchor, d_a, d_e, residual_norm)
+    d_k, d_v, d_anchor = _inner_gradient_backward(gradient, anchor, d_a, d_e, residual_norm, hidden_group)
     d.anchor = d_anchor if d.anchor is None else [old.add_(new) for old, new in zip(d.anchor, d_anchor, strict=True)]
-    return d_h + d_y if residual_norm else d_h, d_k, d_v
+    return d_h, d_k, d_v
 
 
 def _scale_backward(d: Tensor, x: Tensor, coefficients: Tensor, d_coefficients: Tensor, sign: int) -> Tensor:
@@ -85,9 +90,14 @@ def _carry_backward(d: Tensor, state: Tensor, coefficients: Tensor, d_coefficien
 
 
 def _inner_gradient_backward(
-    g: InnerGradient, anchor: Matrices, d_a: list[Tensor], d_e: list[Tensor], residual_norm: bool
+    g: InnerGradient,
+    anchor: Matrices,
+    d_a: list[Tensor],
+    d_e: list[Tensor],
+    residual_norm: bool,
+    hidden_group: HiddenGroup,
 ) -> tuple[Tensor, Tensor, Matrices]:
-    """Adjoint of inner_gradient: gradients of k, v and the anchor. Overwrites d_a and d_e."""
+    """Adjoint of inner_gradient: gradients of k (the residual's left out), v and the anchor. Overwrites d_a and d_e."""
     depth = len(anchor)
     d_anchor: Matrices = [None] * depth
     first, d_pre = [], []
@@ -98,7 +108,7 @@ def _inner_gradient_backward(
         d_back = d_e[layer] * slope
         d_e[layer + 1].baddbmm_(d_back, anchor[layer + 1])
         d_anchor[layer + 1] = d_back.mT @ g.deltas[layer + 1]
-    last = d_e[-1]
+    last = sum_over_ranks(d_e[-1], hidden_group)
     if residual_norm:
         n, mean, rstd, r = g.norm
         d_r = layer_norm_vjp(last, g.out, mean, rstd)
@@ -115,5 +125,4 @@ def _inner_gradient_backward(
         d_a[layer].baddbmm_(d_z, anchor[layer].mT)
         if layer:
             d_z = d_pre[layer - 1].addcmul_(d_a[layer], first[layer - 1])
-    d_k = torch.add(d_a[0], d_r, alpha=2) if residual_norm else d_a[0]
-    return d_k, -2 * d_r, d_anchor
+    return d_a[0], -2 * d_r, d_anchor

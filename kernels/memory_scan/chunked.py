@@ -3,6 +3,8 @@
 States are saved at span starts only (spans.py) and recomputed inside a span in the backward pass.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -10,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from titans_pretrain.kernels.memory_scan.chunk_backward import StateGradients, tile_backward
 from titans_pretrain.kernels.memory_scan.chunk_forward import Matrices, SpanInputs, read, span_rows, tile_tables, write
 from titans_pretrain.kernels.memory_scan.gates import TableGradients, decay_tables_backward
+from titans_pretrain.kernels.memory_scan.hidden_split import HiddenGroup, sum_over_ranks, sum_together
 from titans_pretrain.kernels.memory_scan.network import inner_gradient, output
 from titans_pretrain.kernels.memory_scan.spans import Span, cut
 from titans_pretrain.kernels.memory_scan.state import MemoryState
@@ -30,6 +33,7 @@ def scan(
     reset: Tensor | None,
     initial_state: MemoryState | None,
     checkpoint_every: int | None,
+    hidden_group: HiddenGroup,
 ) -> tuple[Tensor, MemoryState]:
     """See memory_scan; arguments are validated there."""
     depth = state.depth
@@ -43,17 +47,25 @@ def scan(
     spans = cut(tokens, chunk_size, state.offset, checkpoint_every)
     y, *out = _Scan.apply(
         q, k, v, forget, momentum, lr, reset, spans, residual_norm, forget_to == "initial",
-        bool(state.offset), bool(offset), depth, *states,
+        bool(state.offset), bool(offset), depth, hidden_group, *states,
     )  # fmt: skip
     anchor = tuple(out[2 * depth :]) if offset else None
     return y, MemoryState(tuple(out[:depth]), tuple(out[depth : 2 * depth]), anchor, offset)
 
 
+@dataclass
+class SpanSums:
+    """z_L of a span, summed over a hidden_group: kept, the backward pass need not sum it again."""
+
+    keys: list[Tensor]  # per tile [N, b, D]
+    reads: Tensor  # [N, G, b, D]
+
+
 class _Walk:
     """One scan in the layout of the tile functions: walks spans forward, and back from their first states."""
 
-    def __init__(self, tokens, reset, residual_norm, forget_to_initial, half_read, depth, states):
-        self.tokens, self.residual_norm = tokens, residual_norm
+    def __init__(self, tokens, reset, residual_norm, forget_to_initial, half_read, depth, hidden_group, states):
+        self.tokens, self.residual_norm, self.hidden_group = tokens, residual_norm, hidden_group
         self.dtype = states[0].dtype
         matrices = [s.flatten(0, 1) for s in states]
         groups = [matrices[i : i + depth] for i in range(0, len(matrices), depth)]
@@ -82,23 +94,30 @@ class _Walk:
                 torch.where(row, initial, x, out=x)
         return self.weights(state)
 
-    def forward(self, span: Span, state: Matrices, anchor: Matrices | None, y: Tensor) -> Matrices:
-        """Moves `state` over the span in place and fills y [B, T, H, D]; returns the anchor."""
+    def forward(
+        self, span: Span, state: Matrices, anchor: Matrices | None, y: Tensor
+    ) -> tuple[Matrices, SpanSums | None]:
+        """Moves `state` over the span in place and fills y [B, T, H, D]; returns the anchor, and what the ranks summed."""
         x = SpanInputs.cut(span, *self.tokens, self.dtype)
         tables = x.tables()
-        out = torch.empty_like(x.q)
+        z = torch.empty_like(x.q)
+        sums = None if self.hidden_group is None else SpanSums([], z)
         for tile in range(span.tiles):
             if span.opens(tile):
                 anchor = self.open_chunk(span, tile, state)
             t = tile_tables(tables, tile, len(state))
-            gradient = inner_gradient(x.k[:, tile], x.v[:, tile], anchor, self.residual_norm)
-            q = x.q[:, tile]
-            out[:, tile] = output(read(q, t, state, gradient, self.towards)[-1][1], q, self.residual_norm)
+            gradient = inner_gradient(x.k[:, tile], x.v[:, tile], anchor, self.residual_norm, self.hidden_group)
+            z[:, tile] = read(x.q[:, tile], t, state, gradient, self.towards)[-1][1]
             write(t, state, gradient, state)
-        y[:, span.start : span.stop] = _tokens(out, len(y))
-        return anchor
+            if sums is not None:
+                sums.keys.append(gradient.out)
+        sum_over_ranks(z, self.hidden_group)
+        y[:, span.start : span.stop] = _tokens(output(z, x.q, self.residual_norm), len(y))
+        return anchor, sums
 
-    def backward(self, span: Span, state: Matrices, anchor: Matrices | None, d_y: Tensor, d: "_Gradients") -> None:
+    def backward(
+        self, span: Span, state: Matrices, anchor: Matrices | None, sums: SpanSums | None, d_y: Tensor, d: "_Gradients"
+    ) -> None:
         """state, anchor: those that entered the span. d: gradients after the span, on return those before it."""
         x = SpanInputs.cut(span, *self.tokens, self.dtype)
         tables = x.tables()
@@ -109,7 +128,8 @@ class _Walk:
             if span.opens(tile):
                 anchor = self.open_chunk(span, tile, state)
             t = tile_tables(tables, tile, len(state))
-            gradient = inner_gradient(x.k[:, tile], x.v[:, tile], anchor, self.residual_norm)
+            known = None if sums is None else sums.keys[tile]
+            gradient = inner_gradient(x.k[:, tile], x.v[:, tile], anchor, self.residual_norm, self.hidden_group, known)
             kept.append((t, state, anchor, gradient))
             if tile < span.tiles - 1:
                 if tile == len(self.buffers):
@@ -122,11 +142,16 @@ class _Walk:
             d_q[:, tile], d_k[:, tile], d_v[:, tile] = tile_backward(
                 d_rows[:, tile], x.q[:, tile], t, state, anchor, gradient, self.towards,
                 tile_tables(d_tables, tile, len(state)), d.walk, self.residual_norm,
+                self.hidden_group, None if sums is None else sums.reads[:, tile],
             )  # fmt: skip
             if span.opens(tile):
                 d.close_chunk(None if self.reset is None else self.reset[:, span.chunk_of(tile)])
-        gates = (g.mT for g in decay_tables_backward(tables, d_tables))
-        for total, part in zip(d.tokens, (d_q, d_k, d_v, *gates), strict=True):
+        gates = decay_tables_backward(tables, d_tables)
+        d_q, d_k, *gates = sum_together([d_q, d_k, *gates], self.hidden_group)
+        if self.residual_norm:  # the x of x + LN(z), of which each rank has the whole
+            d_q += d_rows
+            d_k -= d_v
+        for total, part in zip(d.tokens, (d_q, d_k, d_v, *(g.mT for g in gates)), strict=True):
             total[:, span.start : span.stop] = _tokens(part, len(d_y))
 
 
@@ -185,16 +210,18 @@ class _Scan(torch.autograd.Function):
         half_read,
         leaves_half,
         depth,
+        hidden_group,
         *states,
     ):
-        tokens, config = (q, k, v, forget, momentum, lr), (residual_norm, to_initial, half_read, depth)
+        tokens, config = (q, k, v, forget, momentum, lr), (residual_norm, to_initial, half_read, depth, hidden_group)
         walk = _Walk(tokens, reset, *config, states)
         y = torch.empty_like(q, memory_format=torch.contiguous_format)
         state, anchor, saved = walk.state, walk.anchor, []
         for span in spans:
-            if any(ctx.needs_input_grad):
-                saved.append(([x.clone() for x in state], anchor))
-            anchor = walk.forward(span, state, anchor, y)
+            before = ([x.clone() for x in state], anchor) if any(ctx.needs_input_grad) else None
+            anchor, sums = walk.forward(span, state, anchor, y)
+            if before is not None:
+                saved.append((*before, sums))
         ctx.save_for_backward(*tokens, reset, *states)
         ctx.config, ctx.spans, ctx.saved, ctx.leaves_half = config, spans, saved, leaves_half
         out = [*walk.weights(state), *(x.chunk(2, 1)[1] for x in state), *(anchor if leaves_half else ())]
@@ -205,15 +232,15 @@ class _Scan(torch.autograd.Function):
     def backward(ctx, d_y, *d_states):
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks only once
         (*tokens, reset), states = saved[:7], saved[7:]
-        *_, half_read, depth = ctx.config
+        *_, half_read, depth, _ = ctx.config
         with torch.autocast(d_y.device.type, enabled=False):
             walk = _Walk(tokens, reset, *ctx.config, states)
             d_out = [d.to(walk.dtype).flatten(0, 1) for d in d_states]
             d_anchor = [x.clone() for x in d_out[2 * depth :]] if ctx.leaves_half else None
             d = _Gradients(walk, d_out[:depth], d_out[depth : 2 * depth], d_anchor)
-            for span, (state, anchor) in zip(reversed(ctx.spans), reversed(ctx.saved), strict=True):
-                walk.backward(span, [x.clone() for x in state], anchor, d_y, d)
-        return (*d.tokens, *[None] * 7, *(x.unflatten(0, (len(d_y), -1)) for x in d.states(half_read)))
+            for span, (state, anchor, sums) in zip(reversed(ctx.spans), reversed(ctx.saved), strict=True):
+                walk.backward(span, [x.clone() for x in state], anchor, sums, d_y, d)
+        return (*d.tokens, *[None] * 8, *(x.unflatten(0, (len(d_y), -1)) for x in d.states(half_read)))
 
 
 def _split(state: Matrices) -> tuple[Matrices, Matrices]:

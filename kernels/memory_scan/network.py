@@ -5,7 +5,8 @@ Shapes: ... leading batch dimensions, b tokens, D head size, F hidden size, L la
     h_0 = x;  h_l = gelu_tanh(h_{l-1} W_l) for l < L;  z = h_{L-1} W_L;  M(x) = z, or x + LN(z) with residual_norm
     inner objective: |M(k) - v|^2, summed over D (Titans eq. 12)
 
-The gradient with respect to W_l is the outer product a_{l-1} (x) e_l of the layer's input and its delta.
+The gradient with respect to W_l is the outer product a_{l-1} (x) e_l of the layer's input and its delta. With a hidden_group the
+weights are this rank's part of F (hidden_split.py).
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from titans_pretrain.kernels.memory_scan.hidden_split import HiddenGroup, copy_to_ranks, sum_over_ranks
 
 LN_EPS = 1e-6
 SQRT_2_OVER_PI = 0.7978845608028654
@@ -56,12 +59,12 @@ def layer_norm_vjp(g: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     ]
 
 
-def memory_network(x: Tensor, weights, residual_norm: bool) -> Tensor:
+def memory_network(x: Tensor, weights, residual_norm: bool, hidden_group: HiddenGroup = None) -> Tensor:
     """M(x) at the given weights. x [..., b, D], weights over L of [..., d_in, d_out] -> [..., b, D]."""
-    h = x
+    h = copy_to_ranks(x, hidden_group)
     for w in weights[:-1]:
         h = gelu(h @ w)
-    return output(h @ weights[-1], x, residual_norm)
+    return output(sum_over_ranks(h @ weights[-1], hidden_group), x, residual_norm)
 
 
 def output(z: Tensor, x: Tensor, residual_norm: bool) -> Tensor:
@@ -80,22 +83,25 @@ class InnerGradient:
     norm: tuple[Tensor, Tensor, Tensor, Tensor] | None  # LN(z_L), mean, rstd, and 2 (M(k) - v)
 
 
-def inner_gradient(k: Tensor, v: Tensor, weights, residual_norm: bool) -> InnerGradient:
-    """The gradient's factors at `weights` for keys and values [..., b, D]."""
-    inputs, pre = [k], []
+def inner_gradient(
+    k: Tensor, v: Tensor, weights, residual_norm: bool, hidden_group: HiddenGroup = None, out: Tensor | None = None
+) -> InnerGradient:
+    """The gradient's factors at `weights` for keys and values [..., b, D]. out: z_L where it is known."""
+    inputs, pre = [copy_to_ranks(k, hidden_group)], []
     for w in weights[:-1]:
         pre.append(inputs[-1] @ w)
         inputs.append(gelu(pre[-1]))
-    out = inputs[-1] @ weights[-1]
+    if out is None:
+        out = sum_over_ranks(inputs[-1] @ weights[-1], hidden_group)
     norm = None
     if residual_norm:
         n, mean, rstd = layer_norm(out)
         r = (k + n - v).mul(2)
         norm = (n, mean, rstd, r)
-        deltas = [layer_norm_vjp(r, out, mean, rstd)]
+        error = layer_norm_vjp(r, out, mean, rstd)
     else:
-        deltas = [(out - v).mul(2)]
-    back = []
+        error = (out - v).mul(2)
+    deltas, back = [copy_to_ranks(error, hidden_group)], []
     for w, z in zip(reversed(weights[1:]), reversed(pre), strict=True):
         back.append(deltas[-1] @ w.mT)
         deltas.append(gelu_vjp(back[-1], z))

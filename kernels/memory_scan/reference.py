@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 
+from titans_pretrain.kernels.memory_scan.hidden_split import HiddenGroup
 from titans_pretrain.kernels.memory_scan.state import MemoryState
 
 
@@ -35,8 +36,11 @@ def scan(
     reset: Tensor | None,
     initial_state: MemoryState | None,
     checkpoint_every: int | None = None,
+    hidden_group: HiddenGroup = None,
 ) -> tuple[Tensor, MemoryState]:
     """See memory_scan; arguments are validated there. checkpoint_every is of no use here."""
+    if hidden_group is not None:
+        raise ValueError("backend=reference holds a whole memory on one rank; with hidden_group use backend=chunked")
     depth = state.depth
 
     def loss(weights, key, value):

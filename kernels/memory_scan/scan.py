@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from titans_pretrain.kernels.memory_scan import chunked, reference
+from titans_pretrain.kernels.memory_scan.hidden_split import HiddenGroup, check_split
 from titans_pretrain.kernels.memory_scan.state import MemoryState
 from titans_pretrain.kernels.memory_scan.step import step
 
@@ -31,6 +32,7 @@ def memory_scan(
     initial_state: MemoryState | None = None,
     checkpoint_every: int | None = None,
     backend: str = "auto",
+    hidden_group: HiddenGroup = None,
 ) -> tuple[Tensor, MemoryState]:
     """Read T tokens into a batch of neural memories and out of them (Titans section 3.1 and 3.2).
 
@@ -51,11 +53,15 @@ def memory_scan(
     initial_state           batch 1 or B; needed by reset and forget_to="initial". Gradients flow to it
     checkpoint_every        chunks between the states saved for the backward pass; None: about the square root of their number, at most 32
     backend                 "auto", "reference" (token loop, the oracle) or "chunked" (dual form, hand-written backward)
+    hidden_group            process group whose ranks each hold a part of the hidden size F of memories of depth 2: states are
+                            [.., D, F_rank] and [.., F_rank, D], all else is the same on every rank, outputs and the gradients
+                            of q, k, v and the gates too, to the bit. One all-reduce per tile and one per span, each way
 
     Returns y [B, T, H, D] in q's dtype and the state after the last token, in the state's dtype. Any T >= 1 is legal; a state
     may stop in the middle of a chunk and carries that chunk's anchor. Raises ValueError for arguments that do not fit.
     """
     _check(q, k, v, forget, momentum, lr, state, chunk_size, forget_to, reset, initial_state, checkpoint_every)
+    check_split(hidden_group, state.depth)
     if initial_state is not None:
         initial_state = initial_state.expand(q.shape[0])
     scan = BACKENDS[_choose(backend)]
@@ -68,7 +74,7 @@ def memory_scan(
         y, new = scan(
             q, k, v, forget, momentum, lr, state.expand(q.shape[0]),
             chunk_size=chunk_size, residual_norm=residual_norm, forget_to=forget_to, reset=reset,
-            initial_state=initial_state, checkpoint_every=checkpoint_every,
+            initial_state=initial_state, checkpoint_every=checkpoint_every, hidden_group=hidden_group,
         )  # fmt: skip
         return y.to(out), new
 
@@ -86,9 +92,11 @@ def memory_step(
     residual_norm: bool = False,
     forget_to: str = "zero",
     initial_state: MemoryState | None = None,
+    hidden_group: HiddenGroup = None,
 ) -> tuple[Tensor, MemoryState]:
     """One token of memory_scan, for decoding: the same function, T = 1 in every shape."""
     _check(q, k, v, forget, momentum, lr, state, chunk_size, forget_to, None, initial_state, None)
+    check_split(hidden_group, state.depth)
     if q.shape[1] != 1:
         raise ValueError(f"memory_step reads one token, got q with T={q.shape[1]}; use memory_scan")
     if initial_state is not None:
@@ -97,6 +105,7 @@ def memory_step(
         return step(
             q, k, v, forget, momentum, lr, state.expand(q.shape[0]),
             chunk_size=chunk_size, residual_norm=residual_norm, forget_to=forget_to, initial_state=initial_state,
+            hidden_group=hidden_group,
         )  # fmt: skip
 
 

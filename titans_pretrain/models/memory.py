@@ -18,6 +18,7 @@ class MemoryLayer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.hidden_group = None  # ranks that each hold a part of the hidden size; set from outside (memory_scan)
         self.config = memory = config.memory
         self.heads = memory.heads
         dim, size = config.dim, config.dim // memory.heads
@@ -90,8 +91,9 @@ class MemoryLayer(nn.Module):
         if c.step == "telescoped":
             lr, history = telescope(lr, momentum, k, chunk_size=c.chunk_size, history=state.history)
         options = dict(
-            chunk_size=c.chunk_size, residual_norm=c.residual_norm, forget_to=c.forget_to, initial_state=start.memory
-        )
+            chunk_size=c.chunk_size, residual_norm=c.residual_norm, forget_to=c.forget_to, initial_state=start.memory,
+            hidden_group=self.hidden_group,
+        )  # fmt: skip
         reset = None if positions is None else self._resets(positions, state.memory.offset)
         if x.shape[1] == 1 and reset is None and not torch.is_grad_enabled():
             y, memory = memory_step(q, k, v, forget, momentum, lr, state.memory, **options)
@@ -125,7 +127,8 @@ class MemoryLayer(nn.Module):
     def retrieve(self, q: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         """M(q) at given weights, normalised per head. q [B, n, H, D] l2-normalised -> [B, n, dim]."""
         state = MemoryState(weights, weights)  # the surprise is not read
-        return self.norm(memory_read(q, state, residual_norm=self.config.residual_norm)).flatten(-2)
+        y = memory_read(q, state, residual_norm=self.config.residual_norm, hidden_group=self.hidden_group)
+        return self.norm(y).flatten(-2)
 
     def _scan_persistent(self, x: Tensor, start: InitialMemory) -> tuple[Tensor, InitialMemory]:
         c = self.config
@@ -136,6 +139,7 @@ class MemoryLayer(nn.Module):
         y, memory = memory_scan(
             q, k, v, forget, momentum, lr, start.memory, chunk_size=c.chunk_size, residual_norm=c.residual_norm,
             forget_to=c.forget_to, initial_state=start.memory, checkpoint_every=c.checkpoint_every, backend=c.backend,
+            hidden_group=self.hidden_group,
         )  # fmt: skip
         return y, InitialMemory(memory.opened(), conv)
 
