@@ -134,10 +134,10 @@ def scopes(split: Split, trainer) -> Iterator[None]:
             for name in names:
                 stack.enter_context(mock.patch(name, split.wrap(part, pkgutil.resolve_name(name))))
         for part, owner, name in (
-            ("optimizer", trainer.optimizer, "step"),
+            ("optimizer", trainer.engine.optimizer, "step"),
             *(
                 ("memory", m.retrieve_proj, "forward")
-                for m in trainer.model.layers
+                for m in trainer.engine.model.layers
                 if getattr(m, "retrieve_proj", None)
             ),
         ):
@@ -151,6 +151,7 @@ def build_trainer(variant: str, tokens: int, folder: Path):
     from benchmarks.data import write_corpus
     from titans_pretrain.data import build_reader
     from titans_pretrain.models import build_model
+    from titans_pretrain.training.engine import SingleEngine
     from titans_pretrain.training.trainer import Trainer
 
     config = Config(
@@ -160,7 +161,9 @@ def build_trainer(variant: str, tokens: int, folder: Path):
     )
     write_corpus(folder, 20 * tokens, mean_length=1000)
     torch.manual_seed(0)
-    return Trainer(config, build_model(config.model), build_reader(config, split="train"), None, torch.device("cpu"))
+    device = torch.device("cpu")
+    engine = SingleEngine(config, build_model(config.model), device)
+    return Trainer(config, engine, build_reader(config, split="train"), None, device)
 
 
 def measure(variant: str, tokens: int) -> dict:
@@ -177,7 +180,7 @@ def measure(variant: str, tokens: int) -> dict:
     return {
         "variant": variant,
         "tokens": tokens,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": sum(p.numel() for p in trainer.engine.model.parameters()),
         "seconds": {part: best.get(part, 0.0) for part in PARTS},
         "flops": {part: flops.get(part, 0) for part in PARTS},
         "matmul_flops_per_second": 2 * 1024**3 / best_cpu_seconds(lambda: a @ a, 10),

@@ -7,6 +7,7 @@ from titans_pretrain.commands.table import format_table
 from titans_pretrain.config import load_config
 from titans_pretrain.data import build_reader
 from titans_pretrain.models import build_model
+from titans_pretrain.training.engine import SingleEngine
 from titans_pretrain.training.run import check_data_is_set, pick_device
 from titans_pretrain.training.validation import Validator
 
@@ -25,8 +26,7 @@ def evaluate(path: str, overrides: Sequence[str] = (), split: str = "validation"
     reader = build_reader(config, split=split, epochs=1)
     model = build_model(config.model)
     load_weights(checkpoint, model)
-    validator = Validator(reader, batches or config.train.eval_batches, device, config.train.precision)
-    found = validator.run(model.to(device))
+    found = Validator(reader, batches or config.train.eval_batches).run(SingleEngine(config, model.to(device), device))
     return format_table(
         {
             "checkpoint": checkpoint,

@@ -1,4 +1,4 @@
-from titans_pretrain.config.load import changed_keys, load_config, save_config
+from titans_pretrain.config.load import changed_keys, flatten, load_config, save_config
 from titans_pretrain.config.model import MacConfig, MemoryConfig, ModelConfig
 from titans_pretrain.config.schema import Config, DataConfig, ParallelConfig, RunConfig, TrainConfig
 
@@ -12,6 +12,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "changed_keys",
+    "flatten",
     "load_config",
     "save_config",
 ]

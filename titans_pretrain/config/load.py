@@ -62,8 +62,13 @@ def from_dict(values: dict) -> Config:
 
 def changed_keys(old: Config, new: Config) -> dict[str, tuple]:
     """{"train.lr": (old value, new value), ...} of all keys that differ."""
-    a, b = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    a, b = flatten(old), flatten(new)
     return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
+
+
+def flatten(config: Config) -> dict:
+    """{"train.lr": value, ...}"""
+    return _flatten(dataclasses.asdict(config))
 
 
 def _flatten(values: dict, prefix: str = "") -> dict:

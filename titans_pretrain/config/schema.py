@@ -1,7 +1,7 @@
 """The one typed schema of a run: what a YAML file may hold, with its defaults. Standard library only."""
 
-from dataclasses import dataclass, field, fields
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from titans_pretrain.config.model import ModelConfig
 
@@ -46,7 +46,11 @@ class TrainConfig:
     micro_batch: int = 8  # rows in one forward pass
     global_batch: int = 8  # rows in one step; a multiple of micro_batch, the rest is accumulated
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: compute under autocast, parameters stay float32
-    recompute: Literal["none", "block"] = "none"  # block: keep a block's input only, run it again in the backward pass
+    recompute: Literal["none", "block", "segment"] = (
+        "none"  # what the backward pass runs again: nothing, each block from
+    )
+    # its input, or each segment of the sequence (parallel.segments_per_rank) from the states that entered it
+    truncate_state_gradient_every: int | None = None  # tokens; no gradient through the state across these; null: exact
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every: int = 100  # steps between validations; 0: never
     eval_batches: int = 16  # micro-batches in one validation, always the same ones
@@ -73,6 +77,8 @@ class TrainConfig:
                 f"train.global_batch={self.global_batch} must be a multiple of train.micro_batch={self.micro_batch}; "
                 f"try {-(-self.global_batch // self.micro_batch) * self.micro_batch}"
             )
+        if self.truncate_state_gradient_every is not None:
+            _at_least("train.truncate_state_gradient_every", self.truncate_state_gradient_every, 1)
         if not self.resume:
             raise ValueError("train.resume is empty; legal are auto, never, or a run or checkpoint folder")
 
@@ -84,22 +90,40 @@ class TrainConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the work is spread over processes."""
+    """How the work is spread over processes: world size = dp * cp * tp * pp; dp is what the others leave."""
 
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    segments_per_rank: int = 1
-    zero_stage: int = 0
-    inflight: int = 1
+    tp: int = 1  # tensor parallel: heads, feed-forward and vocabulary
+    pp: int = 1  # pipeline parallel: stages of consecutive layers
+    cp: int = 1  # context parallel: the sequence
+    segments_per_rank: int = 1  # k: the sequence is cut into k * cp segments; more give less idle time and less memory
+    inflight: int = 1  # micro-batches in flight on a context-parallel ring before the first backward pass
+    sequence_parallel: bool = False  # split the residual stream over tp between the sharded parts
+    memory_split: Literal["heads", "hidden"] = (
+        "heads"  # what tp shards of a memory: its heads, or the hidden size of each
+    )
+    pipeline_schedule: Literal["1f1b", "interleaved"] = "1f1b"
+    stages_per_rank: int = 1  # with interleaved: stages that each pipeline rank holds
+    zero_stage: Literal[0, 1, 2, 3] = 0  # DeepSpeed ZeRO; 0 keeps the optimizer state whole on every rank
+    offload_optimizer: bool = False  # ZeRO keeps its optimizer state in CPU memory
+    timeout_minutes: float = 30.0  # ranks give up on one that does not answer after this long
 
     def __post_init__(self):
-        for key in fields(self):
-            if getattr(self, key.name) != key.default:
-                raise ValueError(
-                    f"parallel.{key.name}={getattr(self, key.name)}: this build trains on one process so far; "
-                    f"set it to {key.default}"
-                )
+        for name in ("tp", "pp", "cp", "segments_per_rank", "inflight", "stages_per_rank"):
+            _at_least("parallel." + name, getattr(self, name), 1)
+        if not self.timeout_minutes > 0:
+            raise ValueError(f"parallel.timeout_minutes must be positive, got {self.timeout_minutes}")
+        if (self.stages_per_rank > 1) != (self.pipeline_schedule == "interleaved"):
+            raise ValueError(
+                f"parallel.stages_per_rank={self.stages_per_rank} does not go with parallel.pipeline_schedule="
+                f"{self.pipeline_schedule}: interleaved has 2 or more stages on a rank, 1f1b has 1"
+            )
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("parallel.offload_optimizer needs parallel.zero_stage=1, 2 or 3")
+
+    @property
+    def segments(self) -> int:
+        """Segments of a sequence, over all context-parallel ranks."""
+        return self.cp * self.segments_per_rank
 
 
 @dataclass
@@ -117,6 +141,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # further DeepSpeed settings, as in its ds_config.json
     version: int = CONFIG_VERSION
 
     def __post_init__(self):
@@ -127,6 +152,25 @@ class Config:
             raise ValueError(
                 f"data.seq_len={self.data.seq_len} must be a multiple of {source}={multiple}, where documents may start; "
                 f"try {f'{below} or {above}' if below else above}, or data.reset_documents=false"
+            )
+        self._check_segments()
+
+    def _check_segments(self) -> None:
+        """The cuts of the sequence: segments of equal length, each starting on a chunk (mac: on a segment of attention)."""
+        parts, multiple, total = self.parallel.segments, self.model.document_multiple, self.data.seq_len
+        if parts > 1 and total % (parts * multiple):
+            unit = parts * multiple
+            above = -(-total // unit) * unit
+            raise ValueError(
+                f"data.seq_len={total} must divide into parallel.cp={self.parallel.cp} * parallel.segments_per_rank="
+                f"{self.parallel.segments_per_rank} segments, each a multiple of {multiple} (the memory's chunk, for mac its "
+                f"segment); try data.seq_len={above}"
+            )
+        every = self.train.truncate_state_gradient_every
+        if every is not None and every % (total // parts):
+            raise ValueError(
+                f"train.truncate_state_gradient_every={every} must be a multiple of a segment's {total // parts} tokens "
+                f"(data.seq_len / (cp * segments_per_rank)); raise parallel.segments_per_rank to truncate more often"
             )
 
 

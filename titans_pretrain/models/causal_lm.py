@@ -34,6 +34,7 @@ class TitansForCausalLM(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.recompute = "none"
+        self.cross_entropy = linear_cross_entropy  # replaced where the vocabulary is sharded
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -88,7 +89,7 @@ class TitansForCausalLM(nn.Module):
         head = (self.lm_head or self.embed_tokens).weight
         if labels is None:
             return CausalLMOutput(after, logits=nn.functional.linear(hidden, head))
-        total, count = linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten())
+        total, count = self.cross_entropy(hidden.flatten(0, 1), head, labels.flatten())
         if num_items_in_batch is None:
             num_items_in_batch = count.clamp(min=1)
         return CausalLMOutput(after, loss=total / num_items_in_batch)

@@ -13,14 +13,14 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     decayed, kept = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decayed if is_decayed(name, parameter, model) else kept).append(parameter)
+            (decayed if is_decayed(name, parameter) else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, fused=True
     )
 
 
-def is_decayed(name: str, parameter: nn.Parameter, model: nn.Module) -> bool:
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: to matrices that multiply activations, and to nothing else.
 
     Not decayed: everything one-dimensional (norms, biases, gate vectors); embeddings and persistent tokens, which are
@@ -28,10 +28,8 @@ def is_decayed(name: str, parameter: nn.Parameter, model: nn.Module) -> bool:
     the memory's initial weights, because the inner loop's gradients grow as they shrink: LN(z) is scale-free, so their
     norm is the inner step size, which decay would raise all through training.
     """
-    if parameter.ndim < 2 or "persistent" in name or "memory_queries" in name or ".memory.weights." in f".{name}":
-        return False
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return not isinstance(owner, nn.Embedding)
+    looked_up = ("embed_tokens", "persistent", "memory_queries", ".memory.weights.")
+    return parameter.ndim >= 2 and not any(part in f".{name}" for part in looked_up)
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:

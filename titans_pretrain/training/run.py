@@ -1,7 +1,6 @@
 """From a config to a trained run folder: builds the parts, resumes, trains, leaves the picture."""
 
 import contextlib
-import os
 import random
 import sys
 from pathlib import Path
@@ -10,11 +9,15 @@ import numpy
 import torch
 
 from titans_pretrain.checkpoint import clear_leftovers, find_checkpoint, latest_checkpoint
-from titans_pretrain.config import Config, changed_keys, load_config, save_config
+from titans_pretrain.config import Config, changed_keys, flatten, load_config, save_config
 from titans_pretrain.data import ShardError, build_reader
 from titans_pretrain.data.storage import Folder
 from titans_pretrain.data.tokenizer import ENTRY, read_tokenizer_entry
-from titans_pretrain.models import build_model
+from titans_pretrain.models import TitansForCausalLM, build_model
+from titans_pretrain.parallel.apply import needs_segments, parallelize
+from titans_pretrain.parallel.launch import Watchdog, check_agreement, leave_processes
+from titans_pretrain.parallel.mesh import Mesh, build_mesh, describe
+from titans_pretrain.training.engine import Engine, SingleEngine
 from titans_pretrain.training.loggers import build_loggers
 from titans_pretrain.training.plot import plot_loss
 from titans_pretrain.training.progress import Progress
@@ -30,61 +33,83 @@ def train(config: Config) -> int:
     """Trains in `run.dir`, from its newest checkpoint if it has one. Returns the exit code: 0, or 85 when a signal
     stopped the run after a checkpoint (the same command goes on from it)."""
     with StopRequest() as stop:
-        return _train(config, stop)
+        code = _train(config, stop)
+    leave_processes()
+    return code
 
 
 def _train(config: Config, stop: StopRequest) -> int:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: this build trains on one process so far; start it without torchrun"
-        )
     check_data_is_set(config)
     run_dir = Path(config.run.dir)
     device = pick_device(config.train.device)
+    mesh = build_mesh(config, device)
     checkpoint = starting_checkpoint(config, run_dir)
     changed = _changes_since(checkpoint, config)
+    check_agreement(flatten(config) | {"checkpoint": checkpoint and checkpoint.name, "torch": torch.__version__})
+    with Watchdog():
+        return _train_together(config, stop, mesh, checkpoint, changed)
 
+
+def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: Path | None, changed: list[str]) -> int:
+    run_dir = Path(config.run.dir)
     seed_everything(config.train.seed)
-    reader = build_reader(config, split="train")
+    place = {
+        "rank": mesh.data.rank,
+        "world": mesh.data.size,
+        "context_rank": mesh.context.rank,
+        "context_size": mesh.context.size,
+        "segments_per_rank": config.parallel.segments_per_rank,
+    }
+    reader = build_reader(config, split="train", **place)
     validator = None
     if config.train.eval_every:
-        validator = Validator(
-            build_reader(config, split="validation", epochs=1),
-            config.train.eval_batches,
-            device,
-            config.train.precision,
-        )
-    model = build_model(config.model).to(device)
-    model.set_recompute(config.train.recompute)
-    trainer = Trainer(config, model, reader, validator, device)
+        validator = Validator(build_reader(config, split="validation", epochs=1, **place), config.train.eval_batches)
+    model = build_model(config.model)
+    parameters = sum(p.numel() for p in model.parameters())
+    engine = build_engine(config, model, mesh)
+    trainer = Trainer(config, engine, reader, validator, mesh.device)
     if checkpoint is not None:
         trainer.resume(checkpoint)
 
-    run_dir.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(run_dir)
-    clear_leftovers(run_dir / "checkpoints")
-    save_config(config, run_dir / "config.yaml")
-    copy_tokenizer(config, run_dir)
-    loggers = build_loggers(config, run_dir, trainer.step, trainer.validated)
-    progress = Progress(config.train.steps, trainer.step, config.train.log_every)
-    parameters = sum(p.numel() for p in model.parameters())
-    progress.note(f"{config.model.variant}, {parameters / 1e6:.2f}M parameters, on {device}; run folder {run_dir}")
-    if checkpoint is not None:
-        progress.note(f"goes on from {checkpoint} (step {trainer.step})" + "".join(f"; {line}" for line in changed))
-        if trainer.step >= config.train.steps:
-            progress.note(f"nothing left to train: train.steps={config.train.steps}")
+    loggers, progress = [], None
+    if engine.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(run_dir)
+        clear_leftovers(run_dir / "checkpoints")
+        save_config(config, run_dir / "config.yaml")
+        copy_tokenizer(config, run_dir)
+        loggers = build_loggers(config, run_dir, trainer.step, trainer.validated)
+        progress = Progress(config.train.steps, trainer.step, config.train.log_every)
+        where = f"on {mesh.device}" if mesh.world == 1 else f"on {mesh.world} processes ({describe(mesh)})"
+        progress.note(f"{config.model.variant}, {parameters / 1e6:.2f}M parameters, {where}; run folder {run_dir}")
+        if checkpoint is not None:
+            progress.note(f"goes on from {checkpoint} (step {trainer.step})" + "".join(f"; {line}" for line in changed))
+            if trainer.step >= config.train.steps:
+                progress.note(f"nothing left to train: train.steps={config.train.steps}")
     try:
         done = trainer.run(run_dir, loggers, progress, stop)
     finally:
-        progress.close()
+        if progress is not None:
+            progress.close()
         for logger in loggers:
             logger.close()
-    plot_loss(run_dir)
+    if engine.is_main:
+        plot_loss(run_dir)
     if not done:
-        where = f"saved {trainer.saved}" if trainer.saved else "nothing was trained yet"
-        print(f"stopped by {stop.received.name}: {where}; the same command goes on from there", file=sys.stderr)
+        if engine.is_main:
+            where = f"saved {trainer.saved}" if trainer.saved else "nothing was trained yet"
+            by = stop.received.name if stop.received else "a signal to another process"
+            print(f"stopped by {by}: {where}; the same command goes on from there", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     return 0
+
+
+def build_engine(config: Config, model: TitansForCausalLM, mesh: Mesh) -> Engine:
+    """The model as it is on one device, or taken apart where the config asks for anything parallel or in segments."""
+    if mesh.world > 1 or config.parallel.zero_stage or needs_segments(config):
+        return parallelize(model, config, mesh)
+    model.set_recompute(config.train.recompute)
+    return SingleEngine(config, model.to(mesh.device), mesh.device)
 
 
 def starting_checkpoint(config: Config, run_dir: Path) -> Path | None:

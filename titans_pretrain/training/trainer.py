@@ -8,28 +8,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from titans_pretrain.checkpoint import checkpoint_name, load_checkpoint, save_checkpoint
 from titans_pretrain.config import Config
+from titans_pretrain.training.engine import Engine
 from titans_pretrain.training.loggers import Logger
-from titans_pretrain.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from titans_pretrain.training.optimizer import learning_rate
 from titans_pretrain.training.progress import Progress
 from titans_pretrain.training.signals import StopRequest
-from titans_pretrain.training.validation import Validator, compute_dtype, count_targets, on_device
+from titans_pretrain.training.validation import Validator
 
 
 class Trainer:
-    """Trains one model on one device.
+    """Trains one model. With several processes, one trainer runs on each, in step; only one of them has loggers.
 
-    reader: an endless iterator of Batch(tokens, labels, positions), [micro_batch, seq_len] int64 each, with
-    state_dict() and load_state_dict(). Everything that decides a future step is the model, the optimizer, the random
-    states, the reader's cursor and `step`: a checkpoint holds exactly these, so a resumed run is the same run.
+    reader: an endless iterator of Batch(tokens, labels, positions), int64 each: this process's rows and columns of a
+    micro-batch, with state_dict() and load_state_dict(). Everything that decides a future step is the model, the optimizer, the
+    random states, the reader's cursor and `step`: a checkpoint holds exactly these, so a resumed run is the same run.
     """
 
-    def __init__(self, config: Config, model: nn.Module, reader, validator: Validator | None, device: torch.device):
-        self.config, self.model, self.reader, self.validator, self.device = config, model, reader, validator, device
-        self.optimizer = build_optimizer(model, config.train)
+    def __init__(self, config: Config, engine: Engine, reader, validator: Validator | None, device: torch.device):
+        self.config, self.engine, self.reader, self.validator, self.device = config, engine, reader, validator, device
         self.step = 0  # finished optimizer steps
         self.tokens = 0  # targets trained on in them
         self.validated = 0  # the last step that was validated
@@ -37,17 +36,17 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Goes on from a checkpoint of this model and data."""
-        trainer = load_checkpoint(checkpoint, self.model, self.optimizer)
+        engine = self.engine
+        trainer = load_checkpoint(checkpoint, engine.model, engine.optimizer, engine.tensor_group)
         self.reader.load_state_dict(trainer["reader"])
         self.step, self.tokens, self.validated = trainer["step"], trainer["tokens"], trainer["validated"]
         self.saved = checkpoint
 
-    def run(self, run_dir: Path, loggers: Sequence[Logger], progress: Progress, stop: StopRequest) -> bool:
+    def run(self, run_dir: Path, loggers: Sequence[Logger], progress: Progress | None, stop: StopRequest) -> bool:
         """Trains up to `train.steps` or a stop request, then saves; whether all is done. Raises ValueError on a loss that
         is not finite."""
         train = self.config.train
-        self.model.train()
-        while not stop.received:
+        while not self.engine.any(stop.received is not None):
             if self._validation_is_due():
                 self._validate(loggers, progress, stop)
                 continue  # and not further if a stop request cut it short
@@ -57,7 +56,8 @@ class Trainer:
                 break
             before = self.tokens
             values = self.train_step()
-            progress.update(self.step, self.tokens - before, values)
+            if progress is not None:
+                progress.update(self.step, self.tokens - before, values)
             _log(loggers, values)
         self.save(run_dir, loggers)
         return self.step >= train.steps and not self._validation_is_due()
@@ -65,25 +65,21 @@ class Trainer:
     def train_step(self) -> dict:
         """One optimizer step over `global_batch` rows. Returns the numbers to log."""
         train, start = self.config.train, time.perf_counter()
-        batches = [next(self.reader) for _ in range(train.accumulation)]
+        batches = [next(self.reader) for _ in range(self.engine.micro_batches)]
         # The loss is a sum over the targets of the whole step, divided by their number: rows with more padding do not
         # weigh more, and the split into micro-batches does not matter.
-        targets = sum(count_targets(batch) for batch in batches)
+        targets = self.engine.count(batches)
         if not targets:
             raise ValueError(
                 f"step {self.step + 1}: the batch holds no target; is data.seq_len={self.config.data.seq_len} too small?"
             )
-        loss = sum(self._forward_backward(batch, targets) for batch in batches)
-
-        largest = train.grad_clip or math.inf
-        grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), largest))
-        loss = float(loss)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise ValueError(self._not_finite(loss, grad_norm))
+        loss = self.engine.forward_backward(batches, targets)
+        if not math.isfinite(loss):
+            raise ValueError(self._not_finite(loss, math.nan))
         rate = learning_rate(self.step + 1, train)
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        grad_norm = self.engine.update(rate)
+        if not math.isfinite(grad_norm):
+            raise ValueError(self._not_finite(loss, grad_norm))
         self.step += 1
         self.tokens += targets
         return {
@@ -96,24 +92,18 @@ class Trainer:
             "peak_memory_mib": round(peak_memory_mib(self.device), 1),
         }
 
-    def _forward_backward(self, batch, targets: int) -> torch.Tensor:
-        """Adds a micro-batch's gradients; returns its share of the step's loss."""
-        with compute_dtype(self.device, self.config.train.precision):
-            out = self.model(**on_device(batch, self.device), num_items_in_batch=targets)
-        out.loss.backward()
-        return out.loss.detach()
-
     def _validation_is_due(self) -> bool:
         train = self.config.train
         due = self.step == train.steps or _due(self.step, train.eval_every)
         return self.validator is not None and due and self.validated < self.step
 
-    def _validate(self, loggers: Sequence[Logger], progress: Progress, stop: StopRequest) -> None:
-        found = self.validator.run(self.model, stop)
+    def _validate(self, loggers: Sequence[Logger], progress: Progress | None, stop: StopRequest) -> None:
+        found = self.validator.run(self.engine, stop)
         if found is not None:
             self.validated = self.step
             _log(loggers, {"step": self.step, "tokens": self.tokens, **found})
-            progress.note(f"step {self.step}: validation loss {found['validation_loss']:.4f}")
+            if progress is not None:
+                progress.note(f"step {self.step}: validation loss {found['validation_loss']:.4f}")
 
     def save(self, run_dir: Path, loggers: Sequence[Logger] = ()) -> None:
         """Writes a checkpoint of this step, unless there is one."""
@@ -123,7 +113,8 @@ class Trainer:
             logger.flush()
         numbers = {"step": self.step, "tokens": self.tokens, "validated": self.validated}
         numbers["reader"] = self.reader.state_dict()
-        self.saved = save_checkpoint(run_dir, self.config, self.model, self.optimizer, numbers)
+        engine = self.engine
+        self.saved = save_checkpoint(run_dir, self.config, engine.model, engine.optimizer, numbers, engine.tensor_group)
 
     def _not_finite(self, loss: float, grad_norm: float) -> str:
         train = self.config.train

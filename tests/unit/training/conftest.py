@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from titans_pretrain.config import Config, DataConfig, TrainConfig
+from titans_pretrain.training.engine import SingleEngine
 from titans_pretrain.training.trainer import Trainer
 from titans_pretrain.training.validation import Validator
 
@@ -68,7 +69,8 @@ def make_trainer():
         config = Config(data=DataConfig(seq_len=SEQ_LEN), train=TrainConfig(**(defaults | train)))
         torch.manual_seed(0)
         device = torch.device("cpu")
-        validator = Validator(StubReader(2), config.train.eval_batches, device, "fp32") if validate else None
-        return Trainer(config, StubModel(), StubReader(config.train.micro_batch), validator, device)
+        validator = Validator(StubReader(2), config.train.eval_batches) if validate else None
+        engine = SingleEngine(config, StubModel(), device)
+        return Trainer(config, engine, StubReader(config.train.micro_batch), validator, device)
 
     return make

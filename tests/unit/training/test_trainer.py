@@ -30,7 +30,7 @@ def run(trainer, run_dir, stop=None):
 
 
 def weights(trainer):
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    return {n: p.detach().clone() for n, p in trainer.engine.model.named_parameters()}
 
 
 def assert_same(a, b):
@@ -76,7 +76,7 @@ def test_the_update_is_torch_adamw(make_trainer):
 def test_gradients_are_clipped_to_the_global_norm(make_trainer, grad_clip, expected):
     trainer = make_trainer(grad_clip=grad_clip)
     seen = []
-    trainer.optimizer.register_step_pre_hook(
+    trainer.engine.optimizer.register_step_pre_hook(
         lambda optimizer, args, kwargs: seen.append(
             torch.stack([p.grad.norm() for group in optimizer.param_groups for p in group["params"]]).norm().item()
         )
@@ -125,7 +125,7 @@ def test_a_checkpoint_restores_the_random_states(make_trainer, tmp_path):
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_nan_stops_with_one_line_and_keeps_the_checkpoint(make_trainer, tmp_path, where):
     trainer = make_trainer(steps=6, checkpoint_every=2)
-    forward = trainer.model.forward
+    forward = trainer.engine.model.forward
 
     def poisoned(*args, **kwargs):
         out = forward(*args, **kwargs)
@@ -136,7 +136,7 @@ def test_nan_stops_with_one_line_and_keeps_the_checkpoint(make_trainer, tmp_path
                 out.loss.register_hook(lambda g: g * torch.inf)
         return out
 
-    trainer.model.forward = poisoned
+    trainer.engine.model.forward = poisoned
     with pytest.raises(
         ValueError, match="step 4: the loss is .*last good checkpoint is .*step-00000002.*lower train.lr"
     ) as e:
@@ -210,14 +210,14 @@ def test_a_second_ctrl_c_stops_at_once():
 
 def test_validation_is_the_mean_over_targets_and_always_the_same_rows(make_trainer):
     trainer = make_trainer(validate=True, eval_every=1, eval_batches=3)
-    found = trainer.validator.run(trainer.model)
-    assert trainer.validator.run(trainer.model) == found
+    found = trainer.validator.run(trainer.engine)
+    assert trainer.validator.run(trainer.engine) == found
     trainer.validator.reader.load_state_dict({"row": 0})
     batches = [next(trainer.validator.reader) for _ in range(3)]
     tokens, labels = (torch.cat([getattr(b, name) for b in batches]) for name in ("tokens", "labels"))
-    assert found["validation_loss"] == pytest.approx(trainer.model(tokens, labels=labels).loss.item(), rel=1e-6)
+    assert found["validation_loss"] == pytest.approx(trainer.engine.model(tokens, labels=labels).loss.item(), rel=1e-6)
     assert found["validation_tokens"] == int((labels != -100).sum())
-    assert trainer.model.training
+    assert trainer.engine.model.training
 
 
 def test_only_the_newest_checkpoints_stay(make_trainer, tmp_path):

@@ -1,0 +1,23 @@
+import pytest
+from ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """ranks(n): n running gloo processes, the same ones for every test; new ones after a failure."""
+    running: dict[int, Ranks] = {}
+
+    def get(world: int) -> Ranks:
+        if world not in running or not running[world].alive:
+            running[world] = Ranks(world, tmp_path_factory.mktemp("ranks"))
+        return running[world]
+
+    yield get
+    for group in running.values():
+        group.stop()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "distributed" in str(item.fspath):
+            item.add_marker(pytest.mark.xdist_group("ranks"))  # one pytest worker starts the ranks

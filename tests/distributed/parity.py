@@ -1,0 +1,180 @@
+"""One training case, on one process and on many: what both must agree on."""
+
+import gc
+import itertools
+
+import torch
+import torch.distributed as dist
+
+from titans_pretrain.config.load import from_dict
+from titans_pretrain.data.reader import Batch, context_columns
+from titans_pretrain.models import build_model
+from titans_pretrain.parallel.apply import parallelize
+from titans_pretrain.parallel.mesh import build_mesh, leave_mesh
+from titans_pretrain.training.engine import SingleEngine
+
+ROWS, TOKENS, VOCAB, STEPS = 4, 48, 64, 5
+FLOAT32, FLOAT64 = 1e-5, 1e-9  # largest relative difference
+
+
+def case(variant: str = "mag", *, dtype: str = "float32", rows: int = ROWS, **changes) -> dict:
+    """A config as nested dicts. changes: "group__key" = value."""
+    values = {
+        "model": {
+            "variant": variant,
+            "dim": 32,
+            "layers": 4,
+            "heads": 4,
+            "vocab_size": VOCAB,
+            "window": 11,
+            "persistent_tokens": 3,
+            "memory": {"heads": 4, "chunk_size": 4, "expansion": 2.0},
+            "mac": {"segment": 4},
+        },
+        "data": {"seq_len": TOKENS},
+        "train": {"micro_batch": 1, "global_batch": rows, "grad_clip": 0.5, "lr": 1e-3, "eps": 1e-6},
+        "parallel": {},
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        group = values
+        for part in path:
+            group = group.setdefault(part, {})
+        group[last] = value
+    return values | {"dtype": dtype}
+
+
+def fresh(values: dict):
+    config = from_dict({k: v for k, v in values.items() if k != "dtype"})
+    torch.manual_seed(0)
+    model = build_model(config.model).to(getattr(torch, values["dtype"]))
+    return config, model
+
+
+def global_batch(step: int, rows: int) -> Batch:
+    """Packed documents that start on multiples of four, also across every cut of the sequence; padding; missing labels."""
+    g = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, VOCAB, (rows, TOKENS), generator=g)
+    labels = (tokens * 5 + 3 + tokens.roll(3, 1)) % VOCAB
+    positions = torch.empty_like(tokens)
+    for row in range(rows):
+        cuts = [0, *sorted(4 * torch.randperm(TOKENS // 4 - 1, generator=g)[: row % 4].add(1)), TOKENS]
+        for start, stop in itertools.pairwise(cuts):
+            positions[row, start:stop] = torch.arange(int(stop - start))
+            padding = row % 3
+            if stop - start > 4 and padding:
+                positions[row, stop - padding : stop] = -1
+                labels[row, stop - padding : stop] = -100
+        labels[row, row::7] = -100
+    return Batch(tokens, labels, positions)
+
+
+def micro_batches(config, step: int, data_rank: int = 0, data: int = 1, context_rank: int = 0, context: int = 1):
+    """This rank's micro-batches of a step, as the reader would give them."""
+    batch = global_batch(step, config.train.global_batch)
+    k = config.parallel.segments_per_rank
+    columns = torch.cat([torch.arange(r.start, r.stop) for r in context_columns(TOKENS, context_rank, context, k)])
+    size = config.train.micro_batch
+    found = []
+    for start in range(data_rank * size, config.train.global_batch, size * data):
+        found.append(Batch(*(x[start : start + size][:, columns].contiguous() for x in batch)))
+    return found
+
+
+def train_alone(values: dict) -> dict:
+    """losses, norms, gradients of the first step (name -> tensor), weights at the end."""
+    plain = values | {"parallel": {}, "train": values["train"] | {"recompute": "none"}}
+    config, model = fresh(plain)
+    return _train(SingleEngine(config, model, torch.device("cpu")), config, None)
+
+
+def train_parallel(values: dict) -> dict:
+    """The same on one rank of many; tensors that this rank can tell, full-shape."""
+    config, model = fresh(values)
+    mesh = build_mesh(config, torch.device("cpu"))
+    try:
+        engine = parallelize(model, config, mesh)
+        found = _train(engine, config, mesh)
+    finally:
+        engine = model = None
+        gc.collect()
+        leave_mesh()
+    return found
+
+
+def _train(engine, config, mesh) -> dict:
+    place = () if mesh is None else (mesh.data.rank, mesh.data.size, mesh.context.rank, mesh.context.size)
+    found = {"losses": [], "norms": []}
+    for step in range(STEPS):
+        batches = micro_batches(config, step, *place)
+        targets = engine.count(batches)
+        found["losses"].append(engine.forward_backward(batches, targets))
+        if mesh is None:
+            if step == 0:
+                found["gradients"] = {n: p.grad.clone() for n, p in engine.model.named_parameters()}
+            found["norms"].append(engine.update(config.train.lr))
+        else:
+            engine.reduce_gradients()
+            if step == 0:
+                found["gradients"] = full_tensors(engine, mesh, _gradient)
+            found["norms"].append(engine.step(config.train.lr))
+    found["weights"] = (
+        {n: p.detach().clone() for n, p in engine.model.named_parameters()}
+        if mesh is None
+        else full_tensors(engine, mesh, _weight)
+    )
+    batch = micro_batches(config, STEPS, *place)
+    found["validation"] = engine.evaluate(batch) / engine.count(batch)
+    return found
+
+
+def full_tensors(engine, mesh, read) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, p in engine.model.named_parameters():
+        tensor = read(engine, p).detach().clone()
+        if getattr(p, "tensor_model_parallel", False):
+            parts = [torch.empty_like(tensor) for _ in range(mesh.tensor.size)]
+            dist.all_gather(parts, tensor.contiguous(), group=mesh.tensor.group)
+            tensor = torch.cat(parts, p.partition_dim)
+        found[name] = tensor
+    return found
+
+
+def _gradient(engine, p) -> torch.Tensor:
+    if engine.zero is None:
+        return p.grad
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(p)
+
+
+def _weight(engine, p) -> torch.Tensor:
+    if engine.zero is None:
+        return p
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(p)
+
+
+def worst(ours: list[dict], reference: dict) -> dict[str, float]:
+    """Largest relative difference of each kind over all ranks: max |a - b| / max |b| per tensor."""
+    scalars = {
+        kind: max(
+            abs(a - b) / abs(b) for rank in ours for a, b in zip(_list(rank[kind]), _list(reference[kind]), strict=True)
+        )
+        for kind in ("losses", "norms", "validation")
+    }
+    tensors = {}
+    for kind in ("gradients", "weights"):
+        names = {n for rank in ours for n in rank[kind]}
+        assert names == reference[kind].keys(), names ^ reference[kind].keys()
+        tensors[kind] = max(
+            float((t - reference[kind][n]).abs().max() / reference[kind][n].abs().max())
+            for rank in ours
+            for n, t in rank[kind].items()
+        )
+    return scalars | tensors
+
+
+def _list(x) -> list:
+    return x if isinstance(x, list) else [x]

@@ -1,0 +1,183 @@
+"""Processes started as users start them: agreement at the start, signals, and a lost process."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        (folder / f"{i:02}.txt").write_text(" ".join(f"word{(i * j) % 17}" for j in range(40 + 13 * (i % 7))))
+    out = folder / "data"
+    command = [sys.executable, "-m", "titans_pretrain.data_prep", "tokenize", str(folder), "--suffix", ".txt"]
+    command += ["--tokenizer", "byte", "--out", str(out), "--validation", "0.2", "--workers", "1"]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    return out
+
+
+def arguments(data: Path, run_dir: Path, **changes) -> list[str]:
+    settings = {
+        "data.path": data,
+        "run.dir": run_dir,
+        "data.seq_len": 64,
+        "model.dim": 32,
+        "model.layers": 2,
+        "model.window": 16,
+        "model.memory.heads": 2,
+        "model.memory.chunk_size": 8,
+        "model.heads": 2,
+        "model.persistent_tokens": 2,
+        "train.steps": 6,
+        "train.micro_batch": 1,
+        "train.global_batch": 4,
+        "train.eval_every": 3,
+        "train.eval_batches": 2,
+        "train.warmup_steps": 2,
+        "train.checkpoint_every": 3,
+        "train.log_every": 1,
+    }
+    return ["configs/tiny.yaml", *(f"{k}={v}" for k, v in (settings | changes).items())]
+
+
+class Processes:
+    """`world` processes of `titans-pretrain train`, started by hand, so that nothing but themselves ends them."""
+
+    def __init__(self, world: int, commands: list[list[str]]):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        common |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.running = [
+            subprocess.Popen(
+                [sys.executable, "-m", "titans_pretrain", "train", *commands[rank]],
+                env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=ROOT,
+            )
+            for rank in range(world)
+        ]
+
+    def wait(self, timeout: float = 120.0) -> list[tuple[int, str]]:
+        try:
+            outputs = [p.communicate(timeout=timeout)[0] for p in self.running]
+        finally:
+            self.kill()
+        return [(p.returncode, out) for p, out in zip(self.running, outputs, strict=True)]
+
+    def kill(self) -> None:
+        for p in self.running:
+            p.kill()
+            p.wait()
+
+
+def train(world: int, *command: str) -> list[tuple[int, str]]:
+    return Processes(world, [list(command)] * world).wait()
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run_dir / "metrics.jsonl").exists() and any(line["step"] >= step for line in metrics(run_dir)):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"no step {step} in time")
+
+
+def test_two_processes_train_as_one_and_resume_under_another_layout(data, tmp_path):
+    plain, parallel = tmp_path / "plain", tmp_path / "parallel"
+    one = subprocess.run(
+        [sys.executable, "-m", "titans_pretrain", "train", *arguments(data, plain)],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert one.returncode == 0, one.stderr
+    for layout, steps in ({"parallel.cp": 2}, 3), ({"parallel.pp": 2}, 6):
+        for code, output in train(2, *arguments(data, parallel, **layout, **{"train.steps": steps, "train.lr": 4e-4})):
+            assert code == 0, output
+    ours, theirs = metrics(parallel), metrics(plain)
+    losses = [line["loss"] for line in ours if "loss" in line][3:]
+    expected = [line["loss"] for line in theirs if "loss" in line][3:]
+    assert losses == pytest.approx(expected, rel=2e-3)  # the cosine of the first three steps ended earlier
+    assert [line["tokens"] for line in ours if "loss" in line] == [line["tokens"] for line in theirs if "loss" in line]
+    assert len([line for line in ours if "validation_loss" in line]) == 2
+
+
+def test_processes_that_were_started_differently_say_so(data, tmp_path):
+    commands = [arguments(data, tmp_path / "run", **{"train.lr": lr, "train.min_lr": 0}) for lr in (1e-3, 2e-3)]
+    for code, output in Processes(2, commands).wait():
+        assert code == 2
+        assert "train.lr is 0.001 on rank 0 and 0.002 on rank 1" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_layout_that_does_not_fit_is_refused_at_once(data, tmp_path):
+    for code, output in train(2, *arguments(data, tmp_path / "run", **{"parallel.tp": 4})):
+        assert code == 2
+        assert "2 processes do not divide into" in output
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others_with_the_reason(data, tmp_path, victim):
+    run_dir = tmp_path / "run"
+    processes = Processes(3, [arguments(data, run_dir, **{"train.steps": 100000, "train.global_batch": 3})] * 3)
+    try:
+        wait_for_step(run_dir, 4)
+        processes.running[victim].send_signal(signal.SIGKILL)
+        results = processes.wait(timeout=60)
+    finally:
+        processes.kill()
+    for rank, (code, output) in enumerate(results):
+        if rank != victim:
+            assert code == 1
+            assert re.search(f"rank {victim}.* (gave no sign of life|is gone)|\\(rank 0\\) is gone", output), output
+    assert (run_dir / "checkpoints" / "latest").is_file()
+
+
+def test_a_signal_to_one_process_stops_all_after_a_checkpoint(data, tmp_path):
+    run_dir = tmp_path / "run"
+    processes = Processes(2, [arguments(data, run_dir, **{"train.steps": 100000, "parallel.cp": 2})] * 2)
+    try:
+        wait_for_step(run_dir, 2)
+        processes.running[1].send_signal(signal.SIGUSR1)
+        results = processes.wait(timeout=120)
+    finally:
+        processes.kill()
+    assert [code for code, _ in results] == [85, 85], results
+    assert "the same command goes on from there" in results[0][1]
+    last = [line for line in metrics(run_dir) if "loss" in line][-1]["step"]
+    assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"step-{last:08d}"
+
+
+BLOCKED = (
+    "import sys; sys.modules['megatron'] = sys.modules['deepspeed'] = None; from titans_pretrain.cli import main; "
+)
+
+
+def test_one_process_needs_neither_megatron_nor_deepspeed(data, tmp_path):
+    settings = {"train.recompute": "segment", "parallel.segments_per_rank": 4}
+    command = arguments(data, tmp_path / "run", **settings)
+    for world, expected in (1, 0), (2, 2):
+        done = subprocess.run(
+            [sys.executable, "-c", BLOCKED + f"sys.exit(main({['train', *command]!r}))"],
+            cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)},
+        )  # fmt: skip
+        assert done.returncode == expected, done.stderr
+    assert "needs deepspeed and megatron-core: pip install 'titans-pretrain[distributed]'" in done.stderr

@@ -1,0 +1,1 @@
+"""Parallelism, applied from outside to single-device models; `apply.py` has the order."""

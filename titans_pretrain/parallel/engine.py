@@ -1,0 +1,136 @@
+"""Training steps of one rank among many: forward and backward in the layout's way, gradients reduced, one optimizer step."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from titans_pretrain.config import Config
+from titans_pretrain.parallel.gradients import all_reduce_in_buckets, clip_by_global_norm, sum_tied_gradients
+from titans_pretrain.parallel.mesh import Mesh
+from titans_pretrain.parallel.pipeline import Pipeline
+from titans_pretrain.parallel.stage import Stage
+from titans_pretrain.training.engine import compute_dtype, count_targets, on_device
+from titans_pretrain.training.optimizer import set_learning_rate
+
+
+class ParallelEngine:
+    """See training.engine.Engine. Made by apply.py."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        model: Stage,
+        modules: list[nn.Module],
+        pipeline: Pipeline | None,
+        optimizer: torch.optim.Optimizer | None,
+        zero=None,
+    ):
+        """model: this rank's parameters; modules: what is called, one per stage; zero: a DeepSpeed engine instead of an optimizer."""
+        self.config, self.mesh, self.model, self.modules, self.pipeline = config, mesh, model, modules, pipeline
+        self._torch_optimizer, self.zero = optimizer, zero
+        self.optimizer = zero or optimizer
+        self.is_main, self.tensor_group = mesh.rank == 0, mesh.tensor.group
+        self.micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.data.size)
+        p = config.parallel
+        self.stepwise = p.zero_stage >= 2  # ZeRO reduces in every backward pass, driven by its own engine
+        self.autocast = "bf16" if config.train.precision == "bf16" and not p.zero_stage else "fp32"
+        # ZeRO averages over DP x CP, where this project sums.
+        self.averaged = mesh.data_context.size if p.zero_stage else 1
+
+    def count(self, batches: Sequence) -> int:
+        own = sum(count_targets(batch) for batch in batches)
+        return int(self._sum(own, self.mesh.data_context.group, torch.int64))
+
+    def forward_backward(self, batches: Sequence, targets: int) -> float:
+        scale = self.averaged / targets
+        with compute_dtype(self.mesh.device, self.autocast):
+            if self.pipeline is not None:
+                total = self.pipeline.forward_backward([on_device(b, self.mesh.device) for b in batches], scale)
+            else:
+                total = self._forward_backward(batches, scale)
+        for module in self.modules:
+            if hasattr(module, "link"):
+                module.link.flush()
+        return self._sum(total / self.averaged if self._reports else 0.0)
+
+    def _forward_backward(self, batches: Sequence, scale: float) -> Tensor | float:
+        total, inflight = 0.0, self.config.parallel.inflight
+        for start in range(0, len(batches), inflight):
+            losses = []
+            for batch in batches[start : start + inflight]:
+                losses.append(self._call(on_device(batch, self.mesh.device)).sum() * scale)
+            while losses:
+                loss = losses.pop()
+                total += loss.detach()
+                if not self.stepwise:
+                    loss.backward()
+                    continue
+                self.zero.backward(loss, scale_wrt_gas=False)
+                if losses or start + inflight < len(batches):
+                    self.zero.step()  # not at a boundary: counts the micro-batch only
+        return total
+
+    def _call(self, batch: dict) -> Tensor:
+        module = self.zero if self.stepwise else self.modules[0]
+        return module(batch["tokens"], positions=batch["positions"], labels=batch["labels"])
+
+    def update(self, rate: float) -> float:
+        self.reduce_gradients()
+        return self.step(rate)
+
+    def reduce_gradients(self) -> None:
+        """Sums gradients over data and context ranks, and those of a tied embedding over its two stages."""
+        if self.stepwise:
+            return  # done in the backward passes
+        sum_tied_gradients(self.model, self.mesh.pipeline)
+        if self.zero is not None:
+            self.zero.allreduce_gradients()
+        elif self.mesh.data_context.size > 1:
+            gradients = []
+            for p in self.model.parameters():
+                if p.requires_grad:
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # alike on every rank
+                    gradients.append(p.grad)
+            all_reduce_in_buckets(gradients, self.mesh.data_context.group)
+
+    def step(self, rate: float) -> float:
+        """Clips and updates, after reduce_gradients. Returns the norm before clipping."""
+        set_learning_rate(self._torch_optimizer, rate)
+        if self.zero is not None:
+            self.zero.step()
+            return float(self.zero.get_global_grad_norm())
+        largest = self.config.train.grad_clip or math.inf
+        norm = clip_by_global_norm(self.model.named_parameters(), self.mesh, largest, self.config.model.tie_embeddings)
+        if math.isfinite(norm):
+            self._torch_optimizer.step()
+        self._torch_optimizer.zero_grad()
+        return norm
+
+    def evaluate(self, batches: Sequence) -> float:
+        inputs = [on_device(batch, self.mesh.device) for batch in batches]
+        with torch.no_grad(), compute_dtype(self.mesh.device, self.autocast):
+            if self.pipeline is not None:
+                total = self.pipeline.evaluate(inputs)
+            else:
+                total = sum(self._call(x).sum() for x in inputs)
+        return self._sum(total if self._reports else 0.0)
+
+    def any(self, flag: bool) -> bool:
+        return self._sum(float(flag)) > 0
+
+    @property
+    def _reports(self) -> bool:
+        """Whether this rank's loss counts: it is at the last stage, and the first of its tensor-parallel group."""
+        return self.mesh.tensor.rank == 0 and self.mesh.pipeline.rank == self.mesh.pipeline.size - 1
+
+    def _sum(self, value, group=None, dtype: torch.dtype = torch.float64) -> float:
+        """Over the group; None: all ranks."""
+        total = torch.as_tensor(value, device=self.mesh.device).to(dtype)
+        if self.mesh.world == 1:
+            return total.item()
+        dist.all_reduce(total, group=group)
+        return total.item()

@@ -1,0 +1,119 @@
+"""Pipeline parallelism: which layers a stage holds, and the schedule that drives the stages (torch.distributed.pipelining)."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from titans_pretrain.config import Config
+from titans_pretrain.config.model import ModelConfig
+from titans_pretrain.parallel.mesh import Mesh
+
+
+def cut_layers(costs: Sequence[float], first: float, last: float, stages: int) -> list[range]:
+    """Consecutive, non-empty ranges of layers, one per stage, with the smallest possible cost of the dearest stage.
+
+    costs: of each layer; first, last: what the embedding adds to the first stage and the head to the last."""
+    layers = len(costs)
+    assert 1 <= stages <= layers
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+
+    def cost(start: int, stop: int) -> float:
+        return sums[stop] - sums[start] + (first if start == 0 else 0) + (last if stop == layers else 0)
+
+    # best[n][stop]: (cost of the dearest of n stages over layers [0, stop), where the last of them starts)
+    best = [{stop: (cost(0, stop), 0) for stop in range(1, layers + 1)}]
+    for n in range(1, stages):
+        best.append(
+            {
+                stop: min((max(best[n - 1][start][0], cost(start, stop)), start) for start in range(n, stop))
+                for stop in range(n + 1, layers + 1)
+            }
+        )
+    cuts, stop = [], layers
+    for n in reversed(range(stages)):
+        start = best[n][stop][1]
+        cuts.append(range(start, stop))
+        stop = start
+    return cuts[::-1]
+
+
+def layer_cost(c: ModelConfig) -> float:
+    """Multiply-adds of one block per token, forward."""
+    total = 3 * c.dim * c.ffn_dim
+    if c.has_attention:
+        seen = c.mac.segment if c.variant == "mac" else (c.window or 4096)
+        total += 4 * c.dim**2 + 2 * c.dim * seen
+    if c.has_memory:
+        size = c.dim // c.memory.heads
+        hidden = int(c.memory.expansion * size)
+        widths = [size, *[hidden] * (c.memory.depth - 1), size]
+        weights = c.memory.heads * sum(a * b for a, b in itertools.pairwise(widths))
+        total += 5 * c.dim**2 + 7 * weights  # keys, their gradient, reads of W and S, writes to both
+    return total
+
+
+def stage_layers(c: ModelConfig, stages: int) -> list[range]:
+    """The layers of each stage, balanced by cost; the head's counts, an embedding's lookup is free."""
+    return cut_layers([layer_cost(c)] * c.layers, 0.0, c.vocab_size * c.dim, stages)
+
+
+class Pipeline:
+    """Drives this rank's stages over the micro-batches of a step."""
+
+    def __init__(self, config: Config, mesh: Mesh, modules: list[nn.Module], micro_batches: int, dtype: torch.dtype):
+        """modules: of this rank, stage (v * PP + rank) at place v; called as a Stage is. dtype: of the residual stream."""
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+
+        c, p, axis = config, config.parallel, mesh.pipeline
+        count = axis.size * len(modules)
+        rows, columns = c.train.micro_batch, c.data.seq_len // p.cp
+        self.first, self.last = axis.rank == 0, axis.rank == axis.size - 1
+        width = columns // p.tp if p.sequence_parallel else columns
+
+        def stage(v: int, module: nn.Module) -> PipelineStage:
+            number = v * axis.size + axis.rank
+            tokens = torch.empty(rows, columns, dtype=torch.int64, device="meta")
+            # Static shapes; torch 2.13 sends no gradients for a hidden tensor that does not say it wants one.
+            hidden = torch.empty(rows, width, c.model.dim, dtype=dtype, device="meta", requires_grad=True)
+            loss = torch.empty(1, dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True)
+            x, y = tokens if number == 0 else hidden, loss if number == count - 1 else hidden
+            return PipelineStage(module, number, count, mesh.device, input_args=x, output_args=y, group=axis.group)
+
+        stages = [stage(v, module) for v, module in enumerate(modules)]
+        self._scale = 1.0
+
+        def loss(output: Tensor, _labels: Tensor) -> Tensor:
+            return output.sum() * self._scale
+
+        if p.pipeline_schedule == "interleaved":
+            self._schedule = ScheduleInterleaved1F1B(stages, micro_batches, loss_fn=loss, scale_grads=False)
+        else:
+            self._schedule = Schedule1F1B(stages[0], micro_batches, loss_fn=loss, scale_grads=False)
+        self.micro_batches = micro_batches
+
+    def forward_backward(self, batches: Sequence[dict], scale: float) -> Tensor:
+        """All micro-batches, forward and backward. Returns the sum of their scaled losses (0 but at the last stage).
+
+        batches: as many as the schedule has, each tokens, labels and positions [micro_batch, columns]."""
+        return self._run(self._schedule.step, batches, scale)
+
+    def evaluate(self, batches: Sequence[dict]) -> Tensor:
+        """Forward only; the sum of the losses (0 but at the last stage). The schedule runs a step's number of micro-batches at a
+        time, the last ones filled up with rows without a target."""
+        empty = batches[0] | {"labels": torch.full_like(batches[0]["labels"], -100)}
+        filled = [*batches, *[empty] * (-len(batches) % self.micro_batches)]
+        parts = [filled[i : i + self.micro_batches] for i in range(0, len(filled), self.micro_batches)]
+        return sum(self._run(self._schedule.eval, part, 1.0) for part in parts)
+
+    def _run(self, step: Callable, batches: Sequence[dict], scale: float) -> Tensor:
+        joined = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
+        self._scale = scale
+        losses: list[Tensor] = []
+        inputs = (joined["tokens"],) if self.first else ()
+        target = {"target": joined["labels"], "losses": losses} if self.last else {}
+        step(*inputs, positions=joined["positions"], labels=joined["labels"], return_outputs=False, **target)
+        return sum((x.detach() for x in losses), torch.zeros((), device=joined["labels"].device))

@@ -1,0 +1,106 @@
+"""Tensor parallelism, applied from outside to a model: which weights are cut where, and where the ranks meet.
+
+Megatron-LM's scheme (Shoeybi et al. 2019), extended to the neural memory, whose heads are independent of each other:
+
+    cut by output features   attention q, k, v; memory q, k, v, g and gates; MLP gate, up; mac retrieve_proj
+    cut by input features    attention and memory o_proj; MLP down_proj
+    cut by heads             memory.weights, q_conv, k_conv, v_conv; mac memory_queries
+    cut by vocabulary        embedding, head, loss
+    on every rank            norms, persistent tokens
+
+The inner loss of a memory stays on its rank. Where one memory is too large for that, or the number of heads does not divide,
+`memory_split="hidden"` cuts the hidden size of each memory instead: its projections are then on every rank, and the scan
+communicates.
+
+Communication in one pass over [B, T, dim], beside the scan's own; every sum is of that size and, with sequence parallelism, an
+all-gather and a reduce-scatter of it in one direction each. Under autocast the inputs of regions are float32, outputs bfloat16:
+
+    embedding          1 sum forward
+    attention, memory  1 sum forward (o_proj) and 1 backward each; mag: 1 backward for both, as they read one input
+    MLP                1 sum forward (down_proj) and 1 backward
+    mac                attention and memory sum segment by segment; retrieval: 1 all-gather forward, 1 reduce-scatter backward
+    memory, hidden     1 sum backward, beside the scan's: every rank has the whole gradient and gives 1 / TP of it
+    head and loss      1 sum backward; for each chunk of tokens 2 sums of one or two numbers per token forward
+
+Small gradients of what is on every rank but saw a part of the features (persistent tokens, the norm of a memory's heads) or of
+the tokens (with sequence parallelism: the norms) are summed once in each backward pass.
+"""
+
+from functools import partial
+from math import gcd
+from typing import Literal
+
+from titans_pretrain.config.model import ModelConfig
+from titans_pretrain.kernels.cross_entropy import linear_cross_entropy
+from titans_pretrain.models.causal_lm import TitansForCausalLM
+from titans_pretrain.parallel.megatron import load_megatron
+
+
+def check_tensor_parallel(c: ModelConfig, tp: int, sequence_parallel: bool, memory_split: str) -> None:
+    """Raises ValueError where a model cannot be spread over tp ranks; the message names a setting that works."""
+    if tp == 1:
+        if sequence_parallel:
+            raise ValueError(
+                "parallel.sequence_parallel splits the sequence over tensor-parallel ranks: with parallel.tp=1 set it to false"
+            )
+        return
+    hidden = c.has_memory and memory_split == "hidden"
+    if hidden and c.memory.depth != 2:
+        raise ValueError(
+            f"parallel.memory_split=hidden needs model.memory.depth=2, got {c.memory.depth}: use parallel.memory_split=heads"
+        )
+    if hidden and c.memory.backend == "reference":
+        raise ValueError(
+            "parallel.memory_split=hidden cannot run model.memory.backend=reference: use auto or chunked, or "
+            "parallel.memory_split=heads"
+        )
+    sizes = {"model.vocab_size": c.vocab_size, "model.ffn_dim": c.ffn_dim}
+    if c.has_attention:
+        sizes["model.heads"] = c.heads
+    if hidden:
+        sizes["the hidden size of a memory, model.memory.expansion * model.dim / model.memory.heads"] = int(
+            c.memory.expansion * (c.dim // c.memory.heads)
+        )
+    elif c.has_memory:
+        sizes["model.memory.heads"] = c.memory.heads
+    common = gcd(*sizes.values())
+    legal = [str(n) for n in range(1, common + 1) if common % n == 0]
+    for name, size in sizes.items():
+        if size % tp == 0:
+            continue
+        ways = [f"parallel.tp={' or '.join(legal)}"]
+        if name in ("model.vocab_size", "model.ffn_dim"):
+            ways.append(f"{name}={-(-size // tp) * tp}")
+        if name == "model.memory.heads" and c.memory.depth == 2:
+            ways.append("parallel.memory_split=hidden")
+        raise ValueError(f"{name}={size} does not divide over parallel.tp={tp}: use {', or '.join(ways)}")
+
+
+def shard_tensors(
+    model: TitansForCausalLM, *, sequence_parallel: bool = False, memory_split: Literal["heads", "hidden"] = "heads"
+) -> None:
+    """Keeps this rank's slice of the weights, in place, and puts the communication in.
+
+    Call after megatron-core's groups are up, on every rank of the tensor-parallel group alike, with the same initialised weights
+    of any floating dtype. All parameters keep their names; a sharded one carries megatron-core's `tensor_model_parallel` and
+    `partition_dim`. With sequence_parallel the activations between the parts of a block are [B, T / TP, dim], and T must be a
+    multiple of TP. Every rank is given the same tokens and returns the same loss, or the logits of the whole vocabulary.
+
+    Raises ValueError as check_tensor_parallel does.
+    """
+    load_megatron()
+    from titans_pretrain.parallel.tensor_blocks import enter_after, shard_block
+    from titans_pretrain.parallel.tensor_layers import ColumnLinear, VocabEmbedding, gather_logits, tensor_group
+
+    group = tensor_group()
+    check_tensor_parallel(model.config, group.size(), sequence_parallel, memory_split)
+    if group.size() == 1:
+        return
+    model.embed_tokens = VocabEmbedding(model.embed_tokens, sequence_parallel)
+    for block in model.layers:
+        shard_block(block, sequence_parallel, memory_split)
+    enter_after(model.norm, sequence_parallel)
+    if model.lm_head is not None:
+        model.lm_head = ColumnLinear(model.lm_head)
+    model.cross_entropy = partial(linear_cross_entropy, group=group)
+    model.register_forward_hook(gather_logits)

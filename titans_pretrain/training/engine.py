@@ -1,0 +1,92 @@
+"""What turns batches into updated weights. The trainer sees this interface; titans_pretrain/parallel/ has the other one."""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from titans_pretrain.config import Config
+from titans_pretrain.training.optimizer import build_optimizer, set_learning_rate
+
+
+class Engine(Protocol):
+    """model holds this process's parameters under their global names; optimizer is torch's or a DeepSpeed engine."""
+
+    model: nn.Module
+    optimizer: object
+    micro_batches: int  # of this process in a step
+    tensor_group: object | None  # the processes over which a sharded parameter's pieces are spread
+    is_main: bool  # whether this process prints and writes logs
+
+    def count(self, batches: Sequence) -> int:
+        """Targets of these batches, over all processes."""
+
+    def forward_backward(self, batches: Sequence, targets: int) -> float:
+        """Adds the gradients of sum(losses) / targets; returns that loss, over all processes."""
+
+    def update(self, rate: float) -> float:
+        """One optimizer step with clipping, at this learning rate. Returns the gradients' norm before clipping; where it is not
+        finite nothing may be relied on any more."""
+
+    def evaluate(self, batches: Sequence) -> float:
+        """Sum of the losses of these batches' targets, over all processes, without gradients."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+
+
+class SingleEngine:
+    """One model on one device."""
+
+    is_main, tensor_group = True, None
+
+    def __init__(self, config: Config, model: nn.Module, device: torch.device):
+        self.config, self.model, self.device = config, model, device
+        self.micro_batches = config.train.accumulation
+        self.optimizer = build_optimizer(model, config.train)
+
+    def count(self, batches: Sequence) -> int:
+        return sum(count_targets(batch) for batch in batches)
+
+    def forward_backward(self, batches: Sequence, targets: int) -> float:
+        total = 0.0
+        for batch in batches:
+            with compute_dtype(self.device, self.config.train.precision):
+                loss = self.model(**on_device(batch, self.device), num_items_in_batch=targets).loss
+            loss.backward()
+            total += loss.detach()
+        return float(total)
+
+    def update(self, rate: float) -> float:
+        largest = self.config.train.grad_clip or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), largest))
+        if math.isfinite(norm):
+            set_learning_rate(self.optimizer, rate)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def evaluate(self, batches: Sequence) -> float:
+        with torch.no_grad(), compute_dtype(self.device, self.config.train.precision):
+            return sum(float(self.model(**on_device(b, self.device), num_items_in_batch=1).loss) for b in batches)
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+
+def count_targets(batch) -> int:
+    """Positions of a batch that have a label."""
+    return int((batch.labels != -100).sum())
+
+
+def on_device(batch, device: torch.device) -> dict:
+    """A batch as the model's arguments."""
+    fields = {"tokens": batch.tokens, "labels": batch.labels, "positions": batch.positions}
+    return {name: x if x is None else x.to(device, non_blocking=True) for name, x in fields.items()}
+
+
+def compute_dtype(device: torch.device, precision: str) -> torch.autocast:
+    """fp32: as the parameters are; bf16: matrix products under autocast (the memory's state stays float32 by itself)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
