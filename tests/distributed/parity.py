@@ -1,5 +1,6 @@
 """One training case, on one process and on many: what both must agree on."""
 
+import contextlib
 import gc
 import itertools
 
@@ -15,6 +16,10 @@ from titans_pretrain.training.engine import SingleEngine
 
 ROWS, TOKENS, VOCAB, STEPS = 4, 48, 64, 5
 FLOAT32, FLOAT64 = 1e-5, 1e-9  # largest relative difference
+CALM = {
+    "model__memory__max_lr": 0.02,
+    "train__eps": 1e-4,
+}  # for float32: neither the inner loop nor Adam magnifies rounding
 
 
 def case(variant: str = "mag", *, dtype: str = "float32", rows: int = ROWS, **changes) -> dict:
@@ -156,8 +161,11 @@ def _weight(engine, p) -> torch.Tensor:
     return safe_get_full_fp32_param(p)
 
 
-def worst(ours: list[dict], reference: dict) -> dict[str, float]:
-    """Largest relative difference of each kind over all ranks: max |a - b| / max |b| per tensor."""
+def worst(ours: list[dict], reference: dict, floor: bool = False) -> dict[str, float]:
+    """Largest relative difference of each kind over all ranks; of tensors max |a - b| / max |b|.
+
+    floor: a tensor counts as at least as large as the root mean square over all of its kind. For float32: the rounding of a sum
+    over ranks is as large as what was summed, and Adam makes steps of full size of gradients that are nothing else."""
     scalars = {
         kind: max(
             abs(a - b) / abs(b) for rank in ours for a, b in zip(_list(rank[kind]), _list(reference[kind]), strict=True)
@@ -166,10 +174,12 @@ def worst(ours: list[dict], reference: dict) -> dict[str, float]:
     }
     tensors = {}
     for kind in ("gradients", "weights"):
+        expected = reference[kind]
         names = {n for rank in ours for n in rank[kind]}
-        assert names == reference[kind].keys(), names ^ reference[kind].keys()
+        assert names == expected.keys(), names ^ expected.keys()
+        least = torch.cat([t.flatten() for t in expected.values()]).square().mean().sqrt() if floor else 0.0
         tensors[kind] = max(
-            float((t - reference[kind][n]).abs().max() / reference[kind][n].abs().max())
+            float((t - expected[n]).abs().max() / max(expected[n].abs().max(), least))
             for rank in ours
             for n, t in rank[kind].items()
         )
@@ -178,3 +188,57 @@ def worst(ours: list[dict], reference: dict) -> dict[str, float]:
 
 def _list(x) -> list:
     return x if isinstance(x, list) else [x]
+
+
+def run_and_save(values: dict, steps: int, run_dir) -> None:
+    """On every rank: trains from the start and saves a checkpoint."""
+    config, model = fresh(values)
+    with _engine(config, model) as (engine, place):
+        for step in range(steps):
+            _step(engine, config, step, place)
+        _save(engine, config, steps, run_dir)
+
+
+def resume_each(values: dict, checkpoints: list, steps: int, run_dir) -> list[dict]:
+    """On every rank, for each checkpoint: loads it, saves at once under run_dir/NUMBER, and trains on: its losses and weights."""
+    from titans_pretrain.checkpoint import load_checkpoint
+
+    config, model = fresh(values)
+    results = []
+    with _engine(config, model) as (engine, place):
+        for number, checkpoint in enumerate(checkpoints):
+            start = load_checkpoint(checkpoint, engine.model, engine.optimizer, engine.tensor_group)["step"]
+            _save(engine, config, start, run_dir / str(number))
+            losses = [_step(engine, config, step, place) for step in range(start, start + steps)]
+            _save(engine, config, start + steps, run_dir / str(number))
+            results.append(losses)
+    return results
+
+
+@contextlib.contextmanager
+def _engine(config, model):
+    """The engine of this process, alone or among the ranks, and its place among the readers."""
+    if not dist.is_initialized():
+        yield SingleEngine(config, model, torch.device("cpu")), ()
+        return
+    mesh = build_mesh(config, torch.device("cpu"))
+    try:
+        engine = parallelize(model, config, mesh)
+        yield engine, (mesh.data.rank, mesh.data.size, mesh.context.rank, mesh.context.size)
+    finally:
+        engine = None
+        gc.collect()
+        leave_mesh()
+
+
+def _step(engine, config, step: int, place: tuple) -> float:
+    batches = micro_batches(config, step, *place)
+    loss = engine.forward_backward(batches, engine.count(batches))
+    engine.update(config.train.lr)
+    return loss
+
+
+def _save(engine, config, step: int, run_dir) -> None:
+    from titans_pretrain.checkpoint import save_checkpoint
+
+    save_checkpoint(run_dir, config, engine.model, engine.optimizer, {"step": step}, engine.tensor_group)

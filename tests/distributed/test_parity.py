@@ -1,14 +1,14 @@
 """Every layout trains as one process does: losses, norms, the first step's gradients, the weights after five AdamW steps, and a
 validation loss; with packed documents, padding, accumulation and clipping active.
 
-Names of cases: degrees, then what is special. float64 wherever DeepSpeed, which has none, is not part.
+float64 to 1e-9; where DeepSpeed, which has none, is part, float32 to 1e-5. Names of cases: degrees, then what is special.
 """
 
 import functools
 import json
 
 import pytest
-from parity import FLOAT32, FLOAT64, case, train_alone, train_parallel, worst
+from parity import CALM, FLOAT32, FLOAT64, case, train_alone, train_parallel, worst
 
 VARIANTS = ("lmm", "mac", "mag", "mal", "transformer")
 
@@ -119,9 +119,11 @@ def alone(key: str) -> dict:
 
 def check(ranks, world: int, variant: str, changes: dict) -> None:
     zero = changes.get("parallel__zero_stage", 0)
+    if zero:
+        changes = CALM | changes
     values = case(variant, dtype="float32" if zero else "float64", **changes)
     reference = alone(json.dumps({k: v for k, v in values.items() if k != "parallel"}, sort_keys=True))
-    found = worst(ranks(world).run(train_parallel, values), reference)
+    found = worst(ranks(world).run(train_parallel, values), reference, floor=bool(zero))
     limit = FLOAT32 if zero else FLOAT64
     assert max(found.values()) < limit, found
 

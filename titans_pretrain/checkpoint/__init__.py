@@ -3,6 +3,7 @@ from titans_pretrain.checkpoint.state import (
     load_model,
     load_weights,
     model_tensors,
+    read_tensors,
     read_trainer,
     save_checkpoint,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "load_model",
     "load_weights",
     "model_tensors",
+    "read_tensors",
     "read_trainer",
     "save_checkpoint",
 ]

@@ -1,65 +1,102 @@
-"""What a checkpoint holds: full-shape tensors by parameter name, random states, and the trainer's few numbers.
+"""What a checkpoint holds: logical, full-shape tensors by parameter name, random states, and the trainer's few numbers.
 
-model.safetensors       parameters and persistent buffers (a tied tensor once)
-optimizer.safetensors   "exp_avg/NAME", "exp_avg_sq/NAME", "step/NAME" for every trained parameter NAME
-rng.pt                  random states of torch, CUDA, numpy and Python
-trainer.json            step, tokens, the reader's cursor
-config.yaml             the resolved config
+weights/        torch.distributed.checkpoint: "model.NAME" (parameters, float32 where an optimizer has masters, and persistent
+                buffers; a tied tensor once), "exp_avg.NAME" and "exp_avg_sq.NAME" of every trained parameter
+rng.pt          random states of torch, CUDA, numpy and Python
+trainer.json    step, tokens, the reader's cursor, optimizer steps
+config.yaml     the resolved config
+
+The names and shapes are those of the model on one device, whatever layout wrote them: a sharded tensor is written in pieces and
+read in others. Every rank writes its part; every rank reads what it needs, by itself.
 """
 
+import contextlib
 import json
 import random
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
+from titans_pretrain.checkpoint.optimizer_states import MOMENTS, states_of
 from titans_pretrain.checkpoint.store import (
-    atomic_folder,
+    begin_folder,
     checkpoint_name,
+    drop_folder,
     find_checkpoint,
+    finish_folder,
     point_latest,
     prune_checkpoints,
+    temporary_folder,
 )
 from titans_pretrain.config import Config, load_config, save_config
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+WEIGHTS = "weights"
 
 
 def save_checkpoint(
-    run_dir: str | Path, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, trainer: dict
+    run_dir: str | Path, config: Config, model: nn.Module, optimizer, trainer: dict, tensor_group=None
 ) -> Path:
-    """Writes RUN/checkpoints/step-N atomically, points `latest` at it and clears old ones away.
+    """Writes RUN/checkpoints/step-N whole or not at all, points `latest` at it and clears old ones away.
 
-    trainer: JSON-able, with the number of finished steps as "step". Raises OSError (disk full, no permission) with every
-    earlier checkpoint untouched.
+    model: this rank's parameters under their global names; optimizer: torch's or a DeepSpeed engine; trainer: JSON-able, with
+    the number of finished steps as "step"; tensor_group: ranks over which parameters marked `tensor_model_parallel` are cut.
+    With several processes all call it, and it raises on all or none: OSError (disk full, no permission), with every earlier
+    checkpoint untouched.
     """
-    target = Path(run_dir) / "checkpoints" / checkpoint_name(trainer["step"])
-    try:
-        with atomic_folder(target) as folder:
-            save_file(model_tensors(model), folder / "model.safetensors")
-            save_file(_optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
+    step = trainer["step"]
+    target = Path(run_dir) / "checkpoints" / checkpoint_name(step)
+    states = states_of(optimizer)
+    folder = temporary_folder(target)
+    with _together(target, step):
+        if _is_main():
+            begin_folder(target)
+    tensors = {_key("weight", name): t for name, t in _buffers(model).items()}
+    parameters = dict(model.named_parameters())
+    owned = states.owned(parameters).keys()
+    for name, p in parameters.items():
+        for what in ("weight", *MOMENTS) if p.requires_grad else ("weight",):
+            tensor = states.read(p, what) if p.requires_grad else p.data  # on every rank: it may be collective
+            if name in owned:
+                tensors[_key(what, name)] = _global(tensor, p, tensor_group)
+    with _together(target, step), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is one process, and whatever its own calls are warned of
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder / WEIGHTS), no_dist=_world() == 1)
+    with _together(target, step):
+        if _is_main():
             torch.save(_rng_states(), folder / "rng.pt")
             save_config(config, folder / "config.yaml")
-            (folder / "trainer.json").write_text(json.dumps({"version": FORMAT_VERSION, **trainer}, indent=1))
-        point_latest(target)
-        prune_checkpoints(target.parent, config.train.keep_checkpoints)
-    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors report a full disk in their own ways
-        raise OSError(
-            f"step {trainer['step']}: cannot write {target}: {e}; earlier checkpoints are untouched: make room there and give "
-            "the same command again"
-        ) from e
+            numbers = {"version": FORMAT_VERSION, **trainer, "optimizer_steps": states.steps()}
+            (folder / "trainer.json").write_text(json.dumps(numbers, indent=1))
+            finish_folder(target)
+            point_latest(target)
+            prune_checkpoints(target.parent, config.train.keep_checkpoints)
     return target
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Puts a checkpoint back into a model, its optimizer and the random generators; returns the trainer's numbers."""
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, tensor_group=None) -> dict:
+    """Puts a checkpoint of any layout back into a model, its optimizer and the random generators; returns the trainer's numbers.
+
+    See save_checkpoint for the arguments. Raises ValueError for a checkpoint that does not fit."""
     trainer = read_trainer(checkpoint)
-    load_weights(checkpoint, model)
-    _load_optimizer(optimizer, model, load_file(checkpoint / "optimizer.safetensors"), checkpoint)
+    parameters = dict(model.named_parameters())
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    states = states_of(optimizer)
+    _check_fit(checkpoint, model, trained, tensor_group)
+    states.prepare(trainer["optimizer_steps"])
+    for what in ("weight", *MOMENTS):
+        for tensors, done in states.loading(trained, what):
+            _read(checkpoint, {_key(what, n): _global(t, trained[n], tensor_group) for n, t in tensors.items()})
+            done(tensors)
+    rest = {n: p.data for n, p in parameters.items() if n not in trained} | _buffers(model)
+    _read(checkpoint, {_key("weight", n): t for n, t in rest.items()})
     _set_rng_states(torch.load(checkpoint / "rng.pt", weights_only=True))
     return trainer
 
@@ -75,17 +112,21 @@ def load_model(path: str | Path) -> tuple[nn.Module, Config]:
     return model.eval(), config
 
 
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
+def load_weights(checkpoint: Path, model: nn.Module, tensor_group=None) -> None:
     """Copies a checkpoint's parameters and buffers into `model`; every one must be there and fit."""
-    tensors, own = load_file(checkpoint / "model.safetensors"), model_tensors(model)
-    odd = sorted(tensors.keys() ^ own.keys()) + sorted(
-        n for n in tensors.keys() & own.keys() if tensors[n].shape != own[n].shape
-    )
-    if odd:
-        raise ValueError(f"{checkpoint} does not fit the model: {len(odd)} tensors differ, the first is {odd[0]}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+    read_trainer(checkpoint)
+    _check_fit(checkpoint, model, {}, tensor_group)
+    parameters = dict(model.named_parameters())
+    tensors = {_key("weight", n): _global(p.data, p, tensor_group) for n, p in parameters.items()}
+    _read(checkpoint, tensors | {_key("weight", n): t for n, t in _buffers(model).items()})
+
+
+def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole: "model.NAME", "exp_avg.NAME", "exp_avg_sq.NAME"."""
+    there = dcp.FileSystemReader(checkpoint / WEIGHTS).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in there.items()}
+    _read(checkpoint, tensors)
+    return tensors
 
 
 def read_trainer(checkpoint: Path) -> dict:
@@ -93,6 +134,11 @@ def read_trainer(checkpoint: Path) -> dict:
     if trainer["version"] > FORMAT_VERSION:
         raise ValueError(
             f"{checkpoint} has format version {trainer['version']}, this titans-pretrain reads up to {FORMAT_VERSION}; update it"
+        )
+    if trainer["version"] < FORMAT_VERSION:
+        raise ValueError(
+            f"{checkpoint} has format version {trainer['version']}, written before checkpoints crossed layouts; this "
+            f"titans-pretrain reads version {FORMAT_VERSION}: go on from it with the version that wrote it"
         )
     return trainer
 
@@ -104,25 +150,93 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in state.items() if first_names.setdefault(t.data_ptr() or n, n) == n}
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = {p: n for n, p in model.named_parameters()}
-    return {f"{key}/{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
+def _key(what: str, name: str) -> str:
+    return f"{'model' if what == 'weight' else what}.{name}"
 
 
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor], checkpoint: Path
-) -> None:
-    names = {p: n for n, p in model.named_parameters()}
-    by_parameter: dict[str, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        key, _, name = full_name.partition("/")
-        by_parameter.setdefault(name, {})[key] = tensor
-    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-    unknown = sorted(by_parameter.keys() - set(order))
-    if unknown:
-        raise ValueError(f"{checkpoint} holds optimizer state of {unknown[0]}, which is not trained here")
-    state = {i: by_parameter[name] for i, name in enumerate(order) if name in by_parameter}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def _global(tensor: Tensor, p: nn.Parameter, tensor_group) -> Tensor:
+    """This rank's tensor of a parameter as a piece of the logical one; shares its memory."""
+    if tensor_group is None or not getattr(p, "tensor_model_parallel", False) or tensor_group.size() == 1:
+        return tensor
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = DeviceMesh.from_group(tensor_group, tensor.device.type)
+    return DTensor.from_local(tensor, mesh, [Shard(p.partition_dim)], run_check=False)
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Persistent buffers."""
+    parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    return {n: t for n, t in model.state_dict().items() if n not in parameters and isinstance(t, Tensor)}
+
+
+def _read(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    """Fills the tensors in place. Each process reads for itself: pipeline stages need different ones."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint / WEIGHTS), no_dist=True)
+
+
+def _check_fit(checkpoint: Path, model: nn.Module, trained: dict[str, nn.Parameter], tensor_group) -> None:
+    """Raises ValueError unless every tensor of the model is there, in the same shape, and, in one process, no other."""
+    there = dcp.FileSystemReader(checkpoint / WEIGHTS).read_metadata().state_dict_metadata
+    wanted = {}
+    for name, p in model.named_parameters():
+        shape = list(getattr(p, "ds_shape", p.shape))
+        if getattr(p, "tensor_model_parallel", False) and tensor_group is not None:
+            shape[p.partition_dim] *= tensor_group.size()
+        for what in ("weight", *(MOMENTS if name in trained else ())):
+            wanted[_key(what, name)] = tuple(shape)
+    wanted |= {_key("weight", name): tuple(t.shape) for name, t in _buffers(model).items()}
+    odd = sorted(n for n, shape in wanted.items() if n not in there or tuple(there[n].size) != shape)
+    if _world() == 1:
+        odd += sorted(n for n in there.keys() - wanted.keys() if n.startswith("model.") or trained)
+    if odd:
+        first = odd[0].removeprefix("model.")
+        raise ValueError(f"{checkpoint} does not fit the model: {len(odd)} tensors differ, the first is {first}")
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _is_main() -> bool:
+    return _world() == 1 or dist.get_rank() == 0
+
+
+@contextlib.contextmanager
+def _together(target: Path, step: int) -> Iterator[None]:
+    """Around what all ranks do at once: where one of them fails, all raise OSError, and nothing of the target stays on disk."""
+    error = None
+    try:
+        yield
+    except dist.DistError:
+        raise  # a rank is lost: there is nobody to agree with
+    except (OSError, RuntimeError, CheckpointException) as e:  # torch reports a full disk in its own ways
+        error = e
+    told: list = [error and _reason(error)]
+    if _world() > 1:
+        mine, told = told[0], [None] * _world()
+        dist.all_gather_object(told, mine)
+    failed = next((text for text in told if text), None)
+    if failed:
+        drop_folder(target)
+        raise OSError(
+            f"step {step}: cannot write {target}: {failed}; earlier checkpoints are untouched: make room there and "
+            "give the same command again"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """One line; the system's own error where torch's came from one."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    error = next((e for e in chain if isinstance(e, OSError)), error)
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _rng_states() -> dict:

@@ -53,21 +53,40 @@ def find_tokenizer(path: str | Path) -> Path:
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Gives a temporary folder that becomes `target` at the end, on disk; on an error nothing of it stays."""
-    temporary = target.parent / f".writing-{target.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    begin_folder(target)
     try:
-        yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
-        if target.exists():
-            _remove(target)
-        os.rename(temporary, target)
-        _sync(target.parent)
+        yield temporary_folder(target)
+        finish_folder(target)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        drop_folder(target)
         raise
+
+
+def temporary_folder(target: Path) -> Path:
+    """Where `target` is written until it is whole."""
+    return target.parent / f".writing-{target.name}"
+
+
+def begin_folder(target: Path) -> None:
+    """Makes an empty temporary folder."""
+    drop_folder(target)
+    temporary_folder(target).mkdir(parents=True)
+
+
+def finish_folder(target: Path) -> None:
+    """Makes the temporary folder the target, on disk, in one move."""
+    temporary = temporary_folder(target)
+    for path in [*temporary.rglob("*"), temporary]:
+        _sync(path)
+    if target.exists():
+        _remove(target)
+    os.rename(temporary, target)
+    _sync(target.parent)
+
+
+def drop_folder(target: Path) -> None:
+    """Removes the temporary folder and what is in it."""
+    shutil.rmtree(temporary_folder(target), ignore_errors=True)
 
 
 def point_latest(target: Path) -> None:

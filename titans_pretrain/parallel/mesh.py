@@ -136,12 +136,15 @@ def describe(mesh: Mesh) -> str:
 
 
 def leave_mesh() -> None:
-    """Takes the groups down, so that the process ends cleanly or can build another mesh."""
+    """Takes the groups down, so that this process can build another mesh."""
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state as ps
 
-    ps.destroy_model_parallel()
+    ps.destroy_model_parallel()  # forgets its groups, and leaves their threads
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:

@@ -18,14 +18,14 @@ VOCAB, SEQ_LEN = 11, 16
 class StubModel(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embedding = nn.Embedding(VOCAB, 8)
+        self.embed_tokens = nn.Embedding(VOCAB, 8)
         self.hidden = nn.Linear(8, 8)
         self.head = nn.Linear(8, VOCAB, bias=False)
-        self.head.weight = self.embedding.weight
+        self.head.weight = self.embed_tokens.weight
         self.loss_scale = 1.0
 
     def forward(self, tokens, labels=None, state=None, positions=None, num_items_in_batch=None):
-        logits = self.head(torch.tanh(self.hidden(self.embedding(tokens))))
+        logits = self.head(torch.tanh(self.hidden(self.embed_tokens(tokens))))
         losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
         return SimpleNamespace(loss=losses * self.loss_scale / (num_items_in_batch or (labels != -100).sum()))
 
@@ -41,6 +41,9 @@ class StubReader:
 
     def __init__(self, micro_batch: int):
         self.micro_batch, self.row = micro_batch, 0
+
+    def __iter__(self):
+        return self
 
     def __next__(self) -> StubBatch:
         rows = [self._draw(self.row + i) for i in range(self.micro_batch)]

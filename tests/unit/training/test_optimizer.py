@@ -28,7 +28,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed = nn.Embedding(5, 4)
+            self.embed_tokens = nn.Embedding(5, 4)
             self.projection = nn.Linear(4, 4)
             self.norm = nn.RMSNorm(4)
             self.persistent = nn.Parameter(torch.zeros(3, 4))
@@ -43,5 +43,5 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
     by_decay = {group["weight_decay"]: sorted(names[p] for p in group["params"]) for group in groups}
     assert by_decay == {
         0.3: ["memory.query.weight", "projection.weight"],
-        0.0: ["embed.weight", "memory.weights.0", "norm.weight", "persistent", "projection.bias"],
+        0.0: ["embed_tokens.weight", "memory.weights.0", "norm.weight", "persistent", "projection.bias"],
     }

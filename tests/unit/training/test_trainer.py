@@ -56,12 +56,12 @@ def test_the_update_is_torch_adamw(make_trainer):
     trainer, twin = make_trainer(grad_clip=0.0, warmup_steps=4), make_trainer()
     batches = [next(twin.reader) for _ in range(2)]
     targets = sum(int((b.labels != -100).sum()) for b in batches)
-    loss = sum(twin.model(b.tokens, labels=b.labels, num_items_in_batch=targets).loss for b in batches)
+    loss = sum(twin.engine.model(b.tokens, labels=b.labels, num_items_in_batch=targets).loss for b in batches)
     loss.backward()
     expected = torch.optim.AdamW(
         [
-            {"params": [twin.model.hidden.weight], "weight_decay": 0.1},
-            {"params": [twin.model.embedding.weight, twin.model.hidden.bias], "weight_decay": 0.0},
+            {"params": [twin.engine.model.hidden.weight], "weight_decay": 0.1},
+            {"params": [twin.engine.model.embed_tokens.weight, twin.engine.model.hidden.bias], "weight_decay": 0.0},
         ],
         lr=1e-2 / 4,
         betas=(0.9, 0.95),
@@ -217,7 +217,6 @@ def test_validation_is_the_mean_over_targets_and_always_the_same_rows(make_train
     tokens, labels = (torch.cat([getattr(b, name) for b in batches]) for name in ("tokens", "labels"))
     assert found["validation_loss"] == pytest.approx(trainer.engine.model(tokens, labels=labels).loss.item(), rel=1e-6)
     assert found["validation_tokens"] == int((labels != -100).sum())
-    assert trainer.engine.model.training
 
 
 def test_only_the_newest_checkpoints_stay(make_trainer, tmp_path):
