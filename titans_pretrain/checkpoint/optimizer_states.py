@@ -111,6 +111,8 @@ class ZeroStates:
         if what == "weight":
             safe_set_local_fp32_param(p, piece)
             p.ds_tensor.data.copy_(piece)
+            if p.data.shape == value.shape:  # small ones stay gathered
+                p.data.copy_(value)
         else:
             safe_set_local_optimizer_state(p, piece, what)
 
