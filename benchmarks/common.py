@@ -4,6 +4,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -84,18 +85,35 @@ def finish(args: argparse.Namespace, setup: dict[str, str], points: list[dict], 
         sys.exit(1)
 
 
-def run_point(module: str, point: dict, threads: int = 1) -> dict:
+def run_point(module: str, point: dict, threads: int = 1, processes: int = 1) -> dict:
     """`python -m MODULE --point POINT` in a process of its own; the JSON object it prints last.
 
-    A process per point: its peak memory and its allocator's state are its own. Raises RuntimeError if it fails.
+    A process per point: its peak memory and its allocator's state are its own. With `processes`, that many under torchrun, of
+    which one prints. Raises RuntimeError if it fails.
     """
-    command = [sys.executable, "-m", module, "--point", json.dumps(point)]
+    launcher = (
+        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    )
+    command = [sys.executable, *launcher, "-m", module, "--point", json.dumps(point)]
     # Idle threads would spin; without huge pages, page faults of blocks that glibc maps anew cost up to half of the time.
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "THP_MEM_ALLOC_ENABLE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def flop_counter():
+    """torch's FlopCounterMode, which by itself passes over the products that are added in place."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def product(_, a: torch.Size, b: torch.Size, **ignored) -> int:
+        """Of [..., M, K] @ [..., K, N]."""
+        return 2 * math.prod(a) * b[-1]
+
+    in_place = {torch.ops.aten.baddbmm_: product, torch.ops.aten.addmm_: product}
+    return FlopCounterMode(display=False, custom_mapping=in_place)
 
 
 def resident_bytes(peak: bool = False) -> int:

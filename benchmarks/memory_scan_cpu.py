@@ -27,6 +27,7 @@ from benchmarks.common import (
     best_cpu_seconds,
     describe_setup,
     finish,
+    flop_counter,
     markdown_table,
     reset_peak,
     resident_bytes,
@@ -92,7 +93,7 @@ def measure(side: str, chunk: int, tokens: int) -> dict:
     warm = best_cpu_seconds(step, 1)
     # a first call that takes this long is hardly slower than a second
     seconds = warm if warm > 20 else best_cpu_seconds(step, max(1, min(10, math.ceil(4 / warm))))
-    return {
+    point = {
         "side": side,
         "chunk": chunk,
         "tokens": tokens,
@@ -100,6 +101,13 @@ def measure(side: str, chunk: int, tokens: int) -> dict:
         "tokens_per_cpu_second": tokens / seconds,
         "peak_gib": (resident_bytes(peak=True) - built) / GIB,
     }
+    if side == OURS and tokens == 4096:
+        with flop_counter() as counter:
+            step()
+        a = torch.randn(1024, 1024)
+        rate = 2 * 1024**3 / best_cpu_seconds(lambda: a @ a, 10)
+        point |= {"flops_per_token": counter.get_total_flops() / tokens, "matmul_flops_per_second": rate}
+    return point
 
 
 def measure_all(lengths: list[int], chunks: list[int], rounds: int) -> list[dict]:
@@ -129,6 +137,24 @@ def table_of(points: list[dict]) -> str:
         rows.append([f"{chunk}", f"{tokens:,}", *speed, times, *memory])
     header = ["chunk", "tokens", f"{OURS}, tokens/s", f"{PEER}, tokens/s", "times", f"{OURS}, GiB", f"{PEER}, GiB"]
     return markdown_table(header, rows)
+
+
+def ceilings_of(points: list[dict]) -> str:
+    """What our matrix products alone allow: an upper bound that no implementation of this layer in float32 can pass."""
+    found = {(p["chunk"], p["tokens"], p["side"]): p for p in points}
+    lines = []
+    for (chunk, tokens, _), p in sorted(found.items()):
+        if "flops_per_token" not in p:
+            continue
+        most = p["matmul_flops_per_second"] / p["flops_per_token"]
+        line = (
+            f"chunk {chunk}: {p['flops_per_token'] / 1e6:.2f} MFLOP of matrix products a token; at the "
+            f"{p['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s of a product of 1024 x 1024 in this run at most {most:,.0f} tokens/s"
+        )
+        if (chunk, tokens, PEER) in found:
+            line += f", {most / found[chunk, tokens, PEER]['tokens_per_cpu_second']:.1f} times {PEER}"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def bars_of(points: list[dict]) -> list[Bar]:
@@ -166,6 +192,7 @@ def main() -> None:
     print("\n".join(f"{name}: {value}" for name, value in setup.items()) + "\n")
     points = measure_all(args.lengths, args.chunks, args.rounds)
     print(table_of(points))
+    print(ceilings_of(points))
     finish(args, setup, points, bars_of(points))
 
 

@@ -14,7 +14,6 @@ gates between the parts.
 import contextlib
 import functools
 import json
-import math
 import pkgutil
 import sys
 import tempfile
@@ -26,7 +25,6 @@ from unittest import mock
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import (
     Bar,
@@ -34,6 +32,7 @@ from benchmarks.common import (
     best_cpu_seconds,
     describe_setup,
     finish,
+    flop_counter,
     markdown_table,
     run_point,
 )  # fmt: skip
@@ -60,18 +59,8 @@ SCOPES = {
         "titans_pretrain.models.memory.MemoryLayer.retrieve",
     ),
     "mlp": ("titans_pretrain.models.mlp.SwiGLU.forward",),
-    "loss": ("titans_pretrain.models.causal_lm.linear_cross_entropy",),
     "optimizer": ("torch.nn.utils.clip_grad_norm_",),
 }
-
-
-def _product_flops(_, a: torch.Size, b: torch.Size, **ignored) -> int:
-    """Of a [..., M, K] @ b [..., K, N]."""
-    return 2 * math.prod(a) * b[-1]
-
-
-# torch's counter passes over products that are added in place.
-IN_PLACE = {torch.ops.aten.baddbmm_: _product_flops, torch.ops.aten.addmm_: _product_flops}
 
 
 class Split:
@@ -135,6 +124,7 @@ def scopes(split: Split, trainer) -> Iterator[None]:
                 stack.enter_context(mock.patch(name, split.wrap(part, pkgutil.resolve_name(name))))
         for part, owner, name in (
             ("optimizer", trainer.engine.optimizer, "step"),
+            ("loss", trainer.engine.model, "cross_entropy"),
             *(
                 ("memory", m.retrieve_proj, "forward")
                 for m in trainer.engine.model.layers
@@ -172,7 +162,7 @@ def measure(variant: str, tokens: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(variant, tokens, Path(folder))
         trainer.train_step()
-        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        with flop_counter() as counter:
             flops = _split_step(trainer, counter.get_total_flops)
         steps = [_split_step(trainer, time.process_time) for _ in range(3)]
         best = min(steps, key=lambda step: sum(step.values()))

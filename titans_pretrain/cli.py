@@ -68,10 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "plan",
         _plan,
-        "print size, FLOPs, memory and tokens of a config",
-        "plan configs/1.3b-mac.yaml train.micro_batch=4",
+        "print size, FLOPs, layout, memory and tokens of a config",
+        "plan configs/1.3b-mag.yaml --processes 32 parallel.tp=2 parallel.cp=4",
     )
     _add_config(sub)
+    sub.add_argument(
+        "--processes", type=int, metavar="N", help="of the run (default: as few as the degrees of parallel.* allow)"
+    )
 
     sub = command("eval", _eval, "measure the loss of a checkpoint on held-out text", "eval runs/tiny --batches 64")
     _add_run(sub)
@@ -151,7 +154,7 @@ def _plan(args) -> None:
     config = load_config(args.config, args.overrides)
     from titans_pretrain.commands.plan import plan
 
-    print(plan(config))
+    print(plan(config, args.processes))
 
 
 def _eval(args) -> None:

@@ -42,6 +42,10 @@ def linear_cross_entropy(
     dtype = hidden.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
+    if (
+        not torch.is_grad_enabled()
+    ):  # inside a Function no one could tell: weight would be taken for one that needs a gradient
+        hidden, weight = hidden.detach(), weight.detach()
     loss = _LinearCrossEntropy.apply(hidden, weight, labels, ignore_index, chunk_tokens, group, dtype)
     return loss, (labels != ignore_index).sum()
 

@@ -1,54 +1,75 @@
-"""What a config amounts to, before anything runs: parameters, FLOPs, memory, and steps against data."""
+"""What a config amounts to, before anything runs: parameters, FLOPs, layout, memory, and steps against data."""
 
 import itertools
-import math
 
 import torch
 from torch import nn
 
+from titans_pretrain.commands.layout import Layout, build_layout, ring_efficiency
 from titans_pretrain.commands.table import format_table
 from titans_pretrain.config import Config, ModelConfig
 from titans_pretrain.models import build_model
-
-# Bytes kept for the backward pass per token and model dimension, besides the feed-forward part and the memory's states:
-# (fp32, bf16), counted with saved-tensor hooks (tests/integration/test_train_commands.py holds them to that).
-_KEPT = {"transformer": (40, 36), "lmm": (100, 95), "mal": (128, 119), "mag": (140, 135), "mac": (275, 245)}
-_KEPT_FFN = (16, 9.5)  # likewise, per token and hidden dimension of the feed-forward part
+from titans_pretrain.parallel.apply import needs_segments
 
 
-def plan(config: Config) -> str:
-    """The tables as text. Reads no tokens, allocates no weights."""
+def plan(config: Config, processes: int | None = None) -> str:
+    """The tables as text, for so many processes (None: as few as the degrees allow). Reads no tokens, allocates no weights.
+
+    Raises ValueError for a layout that a run would refuse."""
+    layout = build_layout(config, processes)
     with torch.device("meta"):
         model = build_model(config.model)
     parts = parameters_by_part(model)
     total = sum(parts.values())
     forward, training = flops_per_token(config, model)
     tokens = config.train.global_batch * config.data.seq_len
-    memory = memory_mib(config, total)
-    return "\n\n".join(
-        [
-            "parameters\n" + format_table({**{k: f"{v:,}" for k, v in parts.items()}, "total": f"{total:,}"}),
-            "a step\n"
-            + format_table(
-                {
-                    "tokens": f"{tokens:,} ({config.train.global_batch} rows of {config.data.seq_len:,})",
-                    "micro-batches": f"{config.train.accumulation} of {config.train.micro_batch} rows",
-                    "FLOPs per token": f"{training / 1e6:,.1f} M in training, {forward / 1e6:,.1f} M forward",
-                    "FLOPs": f"{training * tokens / 1e12:,.2f} T",
-                }
-            ),
-            "memory, estimated\n" + format_table({**{k: f"{v:,.0f} MiB" for k, v in memory.items()}}),
-            "the run\n"
-            + format_table(
-                {
-                    "steps": f"{config.train.steps:,}",
-                    "tokens": f"{tokens * config.train.steps:,} ({tokens * config.train.steps / total:.1f} per parameter)",
-                    "FLOPs": f"{training * tokens * config.train.steps:.2e}",
-                    "data": _data(config, tokens * config.train.steps),
-                }
-            ),
-        ]
-    )
+    memory = layout.memory(layout.fullest)
+    memory["all"] = sum(memory.values())
+    tables = {
+        "parameters": {**{k: f"{v:,}" for k, v in parts.items()}, "total": f"{total:,}"},
+        "a step": {
+            "tokens": f"{tokens:,} ({config.train.global_batch} rows of {config.data.seq_len:,})",
+            "micro-batches": f"{layout.micro_batches} of {config.train.micro_batch} rows"
+            + (f" on each of {layout.dp} data-parallel ranks" if layout.dp > 1 else ""),
+            "FLOPs per token": f"{training / 1e6:,.1f} M in training, {forward / 1e6:,.1f} M forward",
+            "FLOPs": f"{training * tokens / 1e12:,.2f} T",
+        },
+        "layout": _layout(layout),
+        "memory of a process, estimated": {k: f"{v / 2**20:,.0f} MiB" for k, v in memory.items()},
+        "the run": {
+            "steps": f"{config.train.steps:,}",
+            "tokens": f"{tokens * config.train.steps:,} ({tokens * config.train.steps / total:.1f} per parameter)",
+            "FLOPs": f"{training * tokens * config.train.steps:.2e}",
+            "data": _data(config, tokens * config.train.steps),
+        },
+    }
+    return "\n\n".join(f"{title}\n{format_table(rows)}" for title, rows in tables.items() if rows)
+
+
+def _layout(layout: Layout) -> dict[str, str]:
+    """What is spread over processes or cut into segments; nothing for one process that reads its rows at once."""
+    p, rows = layout.config.parallel, {}
+    if layout.world > 1:
+        degrees = {"dp": layout.dp, "cp": p.cp, "tp": p.tp, "pp": p.pp}
+        rows["processes"] = f"{layout.world}: " + ", ".join(f"{name} {size}" for name, size in degrees.items())
+    layers = max(map(len, layout.stages))
+    if p.pp > 1:
+        each = f", {p.stages_per_rank} on each rank" if p.stages_per_rank > 1 else ""
+        rows["stages"] = "layers " + ", ".join(f"{s.start}-{s.stop - 1}" for s in layout.stages) + each
+        passes = layout.micro_batches * p.stages_per_rank
+        rows["pipeline"] = f"computes at best {passes / (passes + p.pp - 1):.0%} of the time"
+    if p.segments > 1:
+        each = f", {p.segments_per_rank} on each of {p.cp} context-parallel ranks" if p.cp > 1 else ""
+        rows["segments"] = f"{p.segments} of {layout.segment_tokens:,} tokens" + each
+        payload = layout.payload(p.segments - 1)
+        rows["state"] = f"{payload:,} bytes per layer and boundary of segments"
+    if p.cp > 1:
+        sent = layout.micro_batches * max(layout.ring_bytes(c, s) for c in range(p.cp) for s in range(p.pp))
+        busy = ring_efficiency(layers, p.cp, p.segments_per_rank, p.inflight)
+        rows["ring"] = f"{sent / 2**20:,.1f} MiB from a rank in a step; computes at best {busy:.0%} of the time"
+    if p.zero_stage:
+        rows["ZeRO"] = f"stage {p.zero_stage} over {layout.dp * p.cp} ranks (dp x cp)"
+    return rows
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
@@ -80,15 +101,17 @@ def flops_per_token(config: Config, model: nn.Module) -> tuple[float, float]:
     """Matrix-product FLOPs of one token: (forward, a training step).
 
     A backward pass costs twice its forward pass; what is recomputed in it, once more: always the memory's states, and
-    under train.recompute=block everything but the head.
+    with train.recompute all blocks; in segments the head too.
     """
     c = config.model
     linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     head = 2 * c.dim * c.vocab_size
     blocks = linear - (0 if c.tie_embeddings else head) + c.layers * attention_flops(config)
     scans = c.layers * scan_flops(c) if c.has_memory else 0
-    recomputed = 1 if config.train.recompute == "block" else 0
-    training = 3 * head + (3 + recomputed) * blocks + (4 + recomputed) * scans
+    recomputed = config.train.recompute != "none"
+    training = (
+        (3 + (recomputed and needs_segments(config))) * head + (3 + recomputed) * blocks + (4 + recomputed) * scans
+    )
     return head + blocks + scans, training
 
 
@@ -122,24 +145,6 @@ def scan_flops(c: ModelConfig) -> float:
     within_chunk = 2 * c.memory.chunk_size * (sum(widths[:-1]) + sum(widths[1:]))
     retrieve = product if c.variant == "mac" else 0
     return c.memory.heads * (read + gradient + write + within_chunk + retrieve)
-
-
-def memory_mib(config: Config, parameters: int) -> dict[str, float]:
-    """MiB of weights with their gradients and optimizer state, of what a micro-batch keeps for its backward pass, and both."""
-    c, train = config.model, config.train
-    rows, tokens = train.micro_batch, train.micro_batch * config.data.seq_len
-    bf16 = train.precision == "bf16"
-    block = tokens * (_KEPT[c.variant][bf16] * c.dim + _KEPT_FFN[bf16] * c.ffn_dim)
-    if c.has_memory:
-        size = c.dim // c.memory.heads
-        chunks = math.ceil(config.data.seq_len / c.memory.chunk_size)
-        saved = chunks / (c.memory.checkpoint_every or math.ceil(math.sqrt(chunks)))
-        hidden = int(c.memory.expansion * size)
-        state = 2 * (2 * size * hidden + (c.memory.depth - 2) * hidden**2) if c.memory.depth > 1 else 2 * size**2
-        block += rows * saved * c.memory.heads * state * 4
-    kept = c.layers * block if train.recompute == "none" else c.layers * tokens * c.dim * 4 + block
-    fixed = 16 * parameters  # float32 weights, gradients and the two moments of AdamW
-    return {name: value / 2**20 for name, value in (("weights", fixed), ("activations", kept), ("both", fixed + kept))}
 
 
 def _data(config: Config, tokens: int) -> str:

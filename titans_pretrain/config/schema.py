@@ -45,7 +45,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest global gradient norm; 0 switches clipping off
     micro_batch: int = 8  # rows in one forward pass
     global_batch: int = 8  # rows in one step; a multiple of micro_batch, the rest is accumulated
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: compute under autocast, parameters stay float32
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: under autocast; with ZeRO bf16 parameters and float32 masters
     recompute: Literal["none", "block", "segment"] = (
         "none"  # what the backward pass runs again: nothing, each block from
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ class ParallelEngine:
         modules: list[nn.Module],
         pipeline: Pipeline | None,
         optimizer: torch.optim.Optimizer | None,
-        zero=None,
+        zero: Any = None,
     ):
         """model: this rank's parameters; modules: what is called, one per stage; zero: a DeepSpeed engine instead of an optimizer."""
         self.config, self.mesh, self.model, self.modules, self.pipeline = config, mesh, model, modules, pipeline

@@ -88,6 +88,15 @@ def check_layout(config: Config, world: int) -> int:
 
 def _check_zero(config: Config) -> None:
     p = config.parallel
+    if config.deepspeed and not p.zero_stage:
+        raise ValueError(
+            f"deepspeed.{next(iter(config.deepspeed))} is set, but parallel.zero_stage=0 runs without DeepSpeed: set "
+            "parallel.zero_stage=1, 2 or 3, or remove the deepspeed block"
+        )
+    if p.zero_stage:
+        from titans_pretrain.parallel.zero import zero_settings
+
+        zero_settings(config, 1)
     if p.zero_stage > 1 and p.pp > 1:
         raise ValueError(
             f"parallel.zero_stage={p.zero_stage} with parallel.pp={p.pp}: a pipeline accumulates gradients over its "

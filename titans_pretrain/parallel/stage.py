@@ -4,6 +4,8 @@ Without pipeline parallelism the one stage is the whole model. Parameters keep t
 optimizers do not see how it was cut.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,10 @@ class Stage(nn.Module):
 
     x: tokens [B, T] int64 at the first stage, hidden [B, T, dim] at others; positions, labels [B, T] int64 as the model has them.
     """
+
+    embed_tokens: Any  # modules, or None on a stage that has none
+    norm: Any
+    lm_head: Any
 
     def __init__(self, model: TitansForCausalLM, layers: range):
         super().__init__()

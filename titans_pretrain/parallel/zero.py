@@ -10,10 +10,10 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
 
 from titans_pretrain.config import Config
 from titans_pretrain.parallel.mesh import Mesh
+from titans_pretrain.parallel.stage import Stage
 
 # What a key of the `deepspeed:` block must agree with.
 _OURS = {
@@ -91,7 +91,7 @@ def load_deepspeed():
     return deepspeed
 
 
-def zero_engine(config: Config, mesh: Mesh, module: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int):
+def zero_engine(config: Config, mesh: Mesh, module: Stage, optimizer: torch.optim.Optimizer, accumulation: int):
     """A DeepSpeed engine around a module and its optimizer."""
     deepspeed = load_deepspeed()
     settings = zero_settings(config, accumulation)
