@@ -50,6 +50,8 @@ bench: install
 	$(BIN)/python -m benchmarks.memory_scan_cpu
 	$(BIN)/python -m benchmarks.train_step_cpu
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.parallel
+	$(BIN)/python -m benchmarks.long_context
 
 clean:
 	rm -rf $(VENV) build quickstart-run .pytest_cache .ruff_cache .hypothesis *.egg-info

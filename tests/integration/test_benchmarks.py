@@ -1,9 +1,15 @@
+import json
 import mmap
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks import common, memory_scan_cpu, train_step_cpu
 from titans_pretrain.config import ModelConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("variant", ["mac", "transformer"])
@@ -60,3 +66,34 @@ def test_strict_fails_when_a_bar_is_not_held(tmp_path, capsys):
     args.strict = True
     with pytest.raises(SystemExit, match="1"):
         common.finish(args, {}, [], bars)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "arguments", "bars"),
+    [
+        ("parallel", ["--only", "payload", "tensor", "zero"], 10),
+        ("long_context", ["--only", "needle"], 2),
+    ],
+)
+def test_the_benchmarks_of_several_processes_hold_what_is_exact(tmp_path, module, arguments, bars):
+    """Traffic, formulas and gradients, which no load of the machine changes."""
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--quick", "--strict", "--json", str(figures), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [bar["held"] for bar in json.loads(figures.read_text())["bars"]] == [True] * bars
+
+
+def test_a_timeline_knows_what_is_idle(tmp_path):
+    from titans_pretrain.parallel.timeline import idle_share, write_chrome_trace
+
+    ranks = [
+        [("forward", "a", 0.0, 2.0), ("wait", "b", 2.0, 3.0), ("backward", "a", 3.0, 4.0)],
+        [("forward", "a", 1.0, 4.0)],
+    ]
+    assert idle_share(ranks) == pytest.approx(2 / 8)
+    write_chrome_trace(tmp_path / "trace.json", ranks)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    spans = [e for e in events if e["ph"] == "X"]
+    assert [(e["tid"], e["ts"], e["dur"]) for e in spans] == [(0, 0, 2e6), (0, 2e6, 1e6), (0, 3e6, 1e6), (1, 1e6, 3e6)]
