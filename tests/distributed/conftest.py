@@ -17,6 +17,7 @@ def ranks(tmp_path_factory):
         group.stop()
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in its own
 def pytest_collection_modifyitems(items):
     for item in items:
         if "distributed" in str(item.fspath):

@@ -1,4 +1,4 @@
-"""What `titans-pretrain plan` says, against the model as it is; against running processes: tests/distributed/test_plan.py."""
+"""What `titans-pretrain plan` says, against the model as it is; against running processes: tests/distributed/test_plan_of_layouts.py."""
 
 import dataclasses
 import re

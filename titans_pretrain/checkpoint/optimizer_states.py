@@ -10,38 +10,40 @@ import torch
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS)
+Read = Callable[[str, dict[str, Tensor]], None]  # (kind, name -> tensor to be filled)
 
 
 class TorchStates:
-    """Of a torch.optim.AdamW: the tensors themselves, to be read and written in place."""
+    """Of a torch.optim.AdamW: the tensors themselves."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
 
-    def owned(self, named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """The parameters whose tensors this rank hands out."""
-        return named
-
-    def read(self, p: nn.Parameter, what: str) -> Tensor:
-        """what: "weight" or one of MOMENTS."""
-        return p.data if what == "weight" else self.optimizer.state[p][what]
-
     def steps(self) -> int:
-        return _steps(self.optimizer.state)
+        """Finished steps."""
+        return _steps(self.optimizer)
 
-    def prepare(self, steps: int) -> None:
-        """Makes room for the state of so many finished steps."""
+    def tensors(self, named: dict[str, nn.Parameter]) -> Iterator[tuple[str, str, Tensor]]:
+        """(kind, name, tensor) of what this rank hands out."""
+        for kind in KINDS:
+            for name, p in named.items():
+                yield kind, name, self._tensor(p, kind)
+
+    def load(self, named: dict[str, nn.Parameter], steps: int, read: Read) -> None:
+        """Takes over the state of so many finished steps."""
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                self.optimizer.state[p] = _empty_state(p, steps)
+                self.optimizer.state[p] = _empty_state(self.optimizer, p, steps)
+        for kind in KINDS:
+            read(kind, {name: self._tensor(p, kind) for name, p in named.items()})
 
-    def loading(self, named: dict[str, nn.Parameter], what: str) -> Iterator[tuple[dict[str, Tensor], Callable]]:
-        """(tensors to be filled, what to call then), until all are loaded."""
-        yield {name: self.read(p, what) for name, p in named.items()}, lambda tensors: None
+    def _tensor(self, p: nn.Parameter, kind: str) -> Tensor:
+        return p.data if kind == "weight" else self.optimizer.state[p][kind]
 
 
 class ZeroStates:
-    """Of a DeepSpeed engine, ZeRO stage 1, 2 or 3. read() and loading() are collective over its data-parallel group."""
+    """Of a DeepSpeed engine, ZeRO stage 1, 2 or 3. tensors() is collective over its data-parallel group."""
 
     SHARE = 2**28  # bytes that a rank loads at a time
 
@@ -51,23 +53,34 @@ class ZeroStates:
         self.rank = torch.distributed.get_rank(engine.data_parallel_group)
         self.size = torch.distributed.get_world_size(engine.data_parallel_group)
 
-    def owned(self, named):
-        self._link()
-        return {name: p for i, (name, p) in enumerate(named.items()) if i % self.size == self.rank}
+    def steps(self) -> int:
+        return _steps(self.zero.optimizer)
 
-    def read(self, p, what):
+    def tensors(self, named: dict[str, nn.Parameter]) -> Iterator[tuple[str, str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        return safe_get_full_fp32_param(p) if what == "weight" else safe_get_full_optimizer_state(p, what)
-
-    def steps(self) -> int:
-        return _steps(self.zero.optimizer.state)
-
-    def prepare(self, steps: int) -> None:
-        state = self.zero.optimizer.state
-        for flat in self._partitions():
-            state[flat] = _empty_state(flat, steps)
         self._link()
+        for i, (name, p) in enumerate(named.items()):
+            for kind in KINDS:
+                full = safe_get_full_fp32_param(p) if kind == "weight" else safe_get_full_optimizer_state(p, kind)
+                if i % self.size == self.rank:
+                    yield kind, name, full.cpu()  # a GPU has no room for another copy of its share
+
+    def load(self, named: dict[str, nn.Parameter], steps: int, read: Read) -> None:
+        inner = self.zero.optimizer
+        for flat in self._partitions():
+            inner.state[flat] = _empty_state(inner, flat, steps)
+        self._link()
+        for kind in KINDS:
+            part: dict[str, Tensor] = {}
+            for name, p in named.items():
+                if kind in MOMENTS and getattr(p, "_hp_mapping", p) is None:
+                    continue  # stages 1, 2: none of it is on this rank
+                part[name] = torch.empty(getattr(p, "ds_shape", p.shape), dtype=torch.float32, device=p.device)
+                if sum(t.nbytes for t in part.values()) > self.SHARE:
+                    self._fill(named, kind, part, read)
+                    part = {}
+            self._fill(named, kind, part, read)
 
     def _link(self) -> None:
         """Shows DeepSpeed's accessors the moments as they are: it looks once, and may have been too early."""
@@ -82,43 +95,36 @@ class ZeroStates:
                 return list(getattr(self.zero, name))
         raise AssertionError(f"{type(self.zero).__name__} keeps its partitions elsewhere")
 
-    def loading(self, named, what):
-        part: dict[str, Tensor] = {}
-        for i, (name, p) in enumerate(named.items()):
-            part[name] = torch.empty(self._shape(p), dtype=torch.float32, device=p.device)
-            if i == len(named) - 1 or sum(t.nbytes for t in part.values()) > self.SHARE:
-                yield part, lambda tensors: [self._write(named[n], what, t) for n, t in tensors.items()]
-                part = {}
+    def _fill(self, named: dict[str, nn.Parameter], kind: str, part: dict[str, Tensor], read: Read) -> None:
+        read(kind, part)
+        write = self._write_partition if self.stage == 3 else self._write
+        for name, value in part.items():
+            write(named[name], kind, value)
 
-    def _write(self, p: nn.Parameter, what: str, value: Tensor) -> None:
+    @staticmethod
+    def _write(p: nn.Parameter, kind: str, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        if self.stage == 3:
-            self._write_partition(p, what, value)
-        elif what == "weight":
+        if kind == "weight":
             safe_set_full_fp32_param(p, value)
             p.data.copy_(value)
         else:
-            safe_set_full_optimizer_state(p, value, what)
+            safe_set_full_optimizer_state(p, value, kind)
 
-    def _write_partition(self, p: nn.Parameter, what: str, value: Tensor) -> None:
+    def _write_partition(self, p: nn.Parameter, kind: str, value: Tensor) -> None:
         """Stage 3 cuts a parameter into equal pieces, the last one padded."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         size = p.ds_tensor.ds_numel
         padded = torch.nn.functional.pad(value.flatten(), (0, size * self.size - value.numel()))
         piece = padded[self.rank * size : (self.rank + 1) * size]
-        if what == "weight":
+        if kind == "weight":
             safe_set_local_fp32_param(p, piece)
             p.ds_tensor.data.copy_(piece)
             if p.data.shape == value.shape:  # small ones stay gathered
                 p.data.copy_(value)
         else:
-            safe_set_local_optimizer_state(p, piece, what)
-
-    @staticmethod
-    def _shape(p: nn.Parameter) -> torch.Size:
-        return getattr(p, "ds_shape", p.shape)
+            safe_set_local_optimizer_state(p, piece, kind)
 
 
 def states_of(optimizer) -> TorchStates | ZeroStates:
@@ -126,12 +132,14 @@ def states_of(optimizer) -> TorchStates | ZeroStates:
     return TorchStates(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else ZeroStates(optimizer)
 
 
-def _empty_state(p: Tensor, steps: int) -> dict[str, Tensor]:
-    """As AdamW makes it in its first step."""
-    return {"step": torch.tensor(float(steps)), **{moment: torch.zeros_like(p) for moment in MOMENTS}}
+def _empty_state(optimizer: torch.optim.Optimizer, p: Tensor, steps: int) -> dict[str, Tensor]:
+    """As AdamW makes it in its first step; fused kernels read `step` on the parameter's device."""
+    beside = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
+    step = torch.tensor(float(steps), dtype=torch.float32, device=p.device if beside else "cpu")
+    return {"step": step, **{moment: torch.zeros_like(p) for moment in MOMENTS}}
 
 
-def _steps(state: dict) -> int:
-    found = {int(s["step"]) for s in state.values() if "step" in s}
+def _steps(optimizer: torch.optim.Optimizer) -> int:
+    found = {int(s["step"]) for s in optimizer.state.values() if "step" in s}
     assert len(found) <= 1, f"parameters were updated {found} times: AdamW updates all or none"
     return found.pop() if found else 0

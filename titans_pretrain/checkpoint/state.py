@@ -14,8 +14,10 @@ import contextlib
 import json
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy
 import torch
@@ -24,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from titans_pretrain.checkpoint.optimizer_states import MOMENTS, states_of
+from titans_pretrain.checkpoint.optimizer_states import KINDS, states_of
 from titans_pretrain.checkpoint.store import (
     begin_folder,
     checkpoint_name,
@@ -53,24 +55,26 @@ def save_checkpoint(
     """
     step = trainer["step"]
     target = Path(run_dir) / "checkpoints" / checkpoint_name(step)
-    states = states_of(optimizer)
-    folder = temporary_folder(target)
-    with _together(target, step):
+    writing = partial(
+        _together,
+        f"step {step}: cannot write {target}",
+        "earlier checkpoints are untouched: make room there and give the same command again",
+        undo=partial(drop_folder, target),
+    )
+    with writing():
         if _is_main():
             begin_folder(target)
-    tensors = {_key("weight", name): t for name, t in _buffers(model).items()}
-    parameters = dict(model.named_parameters())
-    owned = states.owned(parameters).keys()
-    for name, p in parameters.items():
-        for what in ("weight", *MOMENTS) if p.requires_grad else ("weight",):
-            tensor = states.read(p, what) if p.requires_grad else p.data  # on every rank: it may be collective
-            if name in owned:
-                tensors[_key(what, name)] = _global(tensor, p, tensor_group)
-    with _together(target, step), warnings.catch_warnings():
+    states, trained, tensors = states_of(optimizer), _trained(model), _untrained(model, tensor_group)
+    for kind, name, tensor in states.tensors(trained):
+        tensors[_key(kind, name)] = _global(tensor, trained[name], tensor_group)
+    with writing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this is one process, and whatever its own calls are warned of
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder / WEIGHTS), no_dist=_world() == 1)
-    with _together(target, step):
+        dcp.save(
+            tensors, storage_writer=dcp.FileSystemWriter(temporary_folder(target) / WEIGHTS), no_dist=_world() == 1
+        )
+    with writing():
         if _is_main():
+            folder = temporary_folder(target)
             torch.save(_rng_states(), folder / "rng.pt")
             save_config(config, folder / "config.yaml")
             numbers = {"version": FORMAT_VERSION, **trainer, "optimizer_steps": states.steps()}
@@ -84,20 +88,20 @@ def save_checkpoint(
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, tensor_group=None) -> dict:
     """Puts a checkpoint of any layout back into a model, its optimizer and the random generators; returns the trainer's numbers.
 
-    See save_checkpoint for the arguments. Raises ValueError for a checkpoint that does not fit."""
+    See save_checkpoint for the arguments. With several processes all call it, and it raises on all or none: ValueError for a
+    checkpoint that does not fit, OSError for one that cannot be read."""
     trainer = read_trainer(checkpoint)
-    parameters = dict(model.named_parameters())
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    states = states_of(optimizer)
+    trained = _trained(model)
     _check_fit(checkpoint, model, trained, tensor_group)
-    states.prepare(trainer["optimizer_steps"])
-    for what in ("weight", *MOMENTS):
-        for tensors, done in states.loading(trained, what):
-            _read(checkpoint, {_key(what, n): _global(t, trained[n], tensor_group) for n, t in tensors.items()})
-            done(tensors)
-    rest = {n: p.data for n, p in parameters.items() if n not in trained} | _buffers(model)
-    _read(checkpoint, {_key("weight", n): t for n, t in rest.items()})
-    _set_rng_states(torch.load(checkpoint / "rng.pt", weights_only=True))
+
+    def read(kind: str, tensors: dict[str, Tensor]) -> None:
+        _read(checkpoint, {_key(kind, n): _global(t, trained[n], tensor_group) for n, t in tensors.items()})
+
+    with _reading(checkpoint):
+        states_of(optimizer).load(trained, trainer["optimizer_steps"], read)
+        _read(checkpoint, _untrained(model, tensor_group))
+        rng = torch.load(checkpoint / "rng.pt", weights_only=True)
+    _set_rng_states(rng)
     return trainer
 
 
@@ -116,16 +120,16 @@ def load_weights(checkpoint: Path, model: nn.Module, tensor_group=None) -> None:
     """Copies a checkpoint's parameters and buffers into `model`; every one must be there and fit."""
     read_trainer(checkpoint)
     _check_fit(checkpoint, model, {}, tensor_group)
-    parameters = dict(model.named_parameters())
-    tensors = {_key("weight", n): _global(p.data, p, tensor_group) for n, p in parameters.items()}
-    _read(checkpoint, tensors | {_key("weight", n): t for n, t in _buffers(model).items()})
+    tensors = {_key("weight", n): _global(p.data, p, tensor_group) for n, p in _trained(model).items()}
+    with _reading(checkpoint):
+        _read(checkpoint, tensors | _untrained(model, tensor_group))
 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, whole: "model.NAME", "exp_avg.NAME", "exp_avg_sq.NAME"."""
-    there = dcp.FileSystemReader(checkpoint / WEIGHTS).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in there.items()}
-    _read(checkpoint, tensors)
+    with _reading(checkpoint):
+        tensors = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in _entries(checkpoint).items()}
+        _read(checkpoint, tensors)
     return tensors
 
 
@@ -150,8 +154,18 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in state.items() if first_names.setdefault(t.data_ptr() or n, n) == n}
 
 
-def _key(what: str, name: str) -> str:
-    return f"{'model' if what == 'weight' else what}.{name}"
+def _key(kind: str, name: str) -> str:
+    return f"{'model' if kind == 'weight' else kind}.{name}"
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def _untrained(model: nn.Module, tensor_group) -> dict[str, Tensor]:
+    """What no optimizer has: the other parameters, and persistent buffers."""
+    frozen = {n: _global(p.data, p, tensor_group) for n, p in model.named_parameters() if not p.requires_grad}
+    return {_key("weight", n): t for n, t in (frozen | _buffers(model)).items()}
 
 
 def _global(tensor: Tensor, p: nn.Parameter, tensor_group) -> Tensor:
@@ -171,30 +185,44 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in model.state_dict().items() if n not in parameters and isinstance(t, Tensor)}
 
 
+def _entries(checkpoint: Path) -> dict:
+    """Name -> size and dtype of every tensor of a checkpoint."""
+    return dcp.FileSystemReader(checkpoint / WEIGHTS).read_metadata().state_dict_metadata
+
+
 def _read(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     """Fills the tensors in place. Each process reads for itself: pipeline stages need different ones."""
+    if not tensors:
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint / WEIGHTS), no_dist=True)
 
 
 def _check_fit(checkpoint: Path, model: nn.Module, trained: dict[str, nn.Parameter], tensor_group) -> None:
-    """Raises ValueError unless every tensor of the model is there, in the same shape, and, in one process, no other."""
-    there = dcp.FileSystemReader(checkpoint / WEIGHTS).read_metadata().state_dict_metadata
+    """Raises ValueError, on all ranks, unless every tensor of the model is there, in the same shape, and, in one process, no other."""
     wanted = {}
     for name, p in model.named_parameters():
         shape = list(getattr(p, "ds_shape", p.shape))
         if getattr(p, "tensor_model_parallel", False) and tensor_group is not None:
             shape[p.partition_dim] *= tensor_group.size()
-        for what in ("weight", *(MOMENTS if name in trained else ())):
-            wanted[_key(what, name)] = tuple(shape)
-    wanted |= {_key("weight", name): tuple(t.shape) for name, t in _buffers(model).items()}
-    odd = sorted(n for n, shape in wanted.items() if n not in there or tuple(there[n].size) != shape)
+        for kind in KINDS if name in trained else ("weight",):
+            wanted[_key(kind, name)] = shape
+    wanted |= {_key("weight", name): list(t.shape) for name, t in _buffers(model).items()}
+    with _reading(checkpoint):
+        there = {name: list(entry.size) for name, entry in _entries(checkpoint).items()}
+    names = set(wanted)
     if _world() == 1:
-        odd += sorted(n for n in there.keys() - wanted.keys() if n.startswith("model.") or trained)
+        names |= {n for n in there if n.startswith("model.") or trained}
+    odd = {n: (there.get(n), wanted.get(n)) for n in names if there.get(n) != wanted.get(n)}
+    odd = {n: shapes for found in _from_all(odd) for n, shapes in found.items()}
     if odd:
-        first = odd[0].removeprefix("model.")
-        raise ValueError(f"{checkpoint} does not fit the model: {len(odd)} tensors differ, the first is {first}")
+        first = min(odd, key=lambda n: (not n.startswith("model."), n))
+        has, needs = ("no such tensor" if shape is None else shape for shape in odd[first])
+        raise ValueError(
+            f"{checkpoint} does not fit the model: {len(odd)} tensors differ, the first is {first.removeprefix('model.')} "
+            f"({has} there, {needs} here)"
+        )
 
 
 def _world() -> int:
@@ -205,27 +233,42 @@ def _is_main() -> bool:
     return _world() == 1 or dist.get_rank() == 0
 
 
+def _from_all(mine) -> list:
+    """What each rank says."""
+    if _world() == 1:
+        return [mine]
+    told = [None] * _world()
+    dist.all_gather_object(told, mine)
+    return told
+
+
 @contextlib.contextmanager
-def _together(target: Path, step: int) -> Iterator[None]:
-    """Around what all ranks do at once: where one of them fails, all raise OSError, and nothing of the target stays on disk."""
+def _together(what: str, advice: str, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Around what all ranks do at once: where one of them fails, all undo it and raise OSError."""
     error = None
     try:
         yield
     except dist.DistError:
         raise  # a rank is lost: there is nobody to agree with
-    except (OSError, RuntimeError, CheckpointException) as e:  # torch reports a full disk in its own ways
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        UnpicklingError,
+        CheckpointException,
+    ) as e:  # torch has its own ways to say it
         error = e
-    told: list = [error and _reason(error)]
-    if _world() > 1:
-        mine, told = told[0], [None] * _world()
-        dist.all_gather_object(told, mine)
-    failed = next((text for text in told if text), None)
+    failed = next((told for told in _from_all(error and _reason(error)) if told), None)
     if failed:
-        drop_folder(target)
-        raise OSError(
-            f"step {step}: cannot write {target}: {failed}; earlier checkpoints are untouched: make room there and "
-            "give the same command again"
-        ) from error
+        undo()
+        raise OSError(f"{what}: {failed}; {advice}") from error
+
+
+def _reading(checkpoint: Path):
+    return _together(
+        f"cannot read {checkpoint}",
+        f"if it is damaged, go on from an earlier one: write its name into {checkpoint.parent / 'latest'}",
+    )
 
 
 def _reason(error: BaseException) -> str:

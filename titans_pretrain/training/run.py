@@ -32,10 +32,11 @@ _SPEED_ONLY = {"model.memory.backend", "model.memory.checkpoint_every"}
 def train(config: Config) -> int:
     """Trains in `run.dir`, from its newest checkpoint if it has one. Returns the exit code: 0, or 85 when a signal
     stopped the run after a checkpoint (the same command goes on from it)."""
-    with StopRequest() as stop:
-        code = _train(config, stop)
-    leave_processes()
-    return code
+    try:
+        with StopRequest() as stop:
+            return _train(config, stop)
+    finally:
+        leave_processes()
 
 
 def _train(config: Config, stop: StopRequest) -> int:

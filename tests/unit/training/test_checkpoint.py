@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from titans_pretrain.checkpoint import find_checkpoint, latest_checkpoint, load_weights, model_tensors, state, store
+from titans_pretrain.checkpoint.optimizer_states import MOMENTS, states_of
 
 
 def test_a_failed_write_leaves_the_earlier_checkpoint_and_no_rest(make_trainer, tmp_path, monkeypatch):
@@ -70,6 +71,41 @@ def test_weights_of_another_shape_are_refused(make_trainer, tmp_path):
     trainer.engine.model.hidden = nn.Linear(8, 9)
     with pytest.raises(ValueError, match="does not fit the model: 2 tensors differ, the first is hidden.bias"):
         load_weights(trainer.saved, trainer.engine.model)
+
+
+def test_a_parameter_that_is_missing_here_is_named_with_its_shape(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.train_step()
+    trainer.save(tmp_path)
+    trainer.engine.model.hidden = nn.Identity()
+    with pytest.raises(
+        ValueError, match=r"6 tensors differ, the first is hidden.bias \(\[8\] there, no such tensor here\)"
+    ):
+        trainer.resume(trainer.saved)
+
+
+@pytest.mark.parametrize("damaged", [".metadata", "__0_0.distcp"])
+def test_a_damaged_checkpoint_is_told_in_one_line(make_trainer, tmp_path, damaged):
+    trainer = make_trainer()
+    trainer.train_step()
+    trainer.save(tmp_path)
+    file = trainer.saved / "weights" / damaged
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(OSError, match="cannot read .*step-00000001: .*go on from an earlier one") as error:
+        trainer.resume(trainer.saved)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}])
+def test_loaded_optimizer_state_lies_where_adamw_would_put_it(options):
+    """Fused kernels read the step count on the parameter's device."""
+    model = nn.Linear(2, 2, device="meta")
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.defaults |= options
+    states_of(optimizer).load(dict(model.named_parameters()), 3, lambda kind, tensors: None)
+    for held in optimizer.state.values():
+        assert held["step"].device.type == ("meta" if options else "cpu")
+        assert {held[moment].device.type for moment in MOMENTS} == {"meta"}
 
 
 @pytest.mark.parametrize(("version", "told"), [(3, "reads up to 2; update it"), (1, "with the version that wrote it")])
