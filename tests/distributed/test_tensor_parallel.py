@@ -1,6 +1,7 @@
 """Tensor parallelism against one process: loss, every gradient, logits, and what is communicated."""
 
 import dataclasses
+import statistics
 from collections import Counter
 
 import pytest
@@ -263,11 +264,12 @@ def test_bfloat16_is_as_close_to_float64_as_one_process(tensor_ranks, autocast, 
         return {n: float((a - b).square().mean().sqrt() / b.square().mean().sqrt()) for n, (a, b) in pairs.items()}
 
     allowed = error(single)
+    typical = statistics.median(allowed.values())  # rounding happens to leave almost no error in some small tensor
     for found in tensor_ranks(2, spread, low):
         assert found["unequal"] == []
         got = error(found)
         assert max(got.values()) < 1.5 * max(allowed.values()) < 0.1
-        wrong = {n: (got[n], allowed[n]) for n in got if got[n] > 3 * allowed[n] + 1e-3}
+        wrong = {n: (got[n], allowed[n]) for n in got if got[n] > 3 * max(allowed[n], typical)}
         assert not wrong, wrong
 
 

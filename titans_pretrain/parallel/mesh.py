@@ -123,7 +123,11 @@ def build_mesh(config: Config, device: torch.device) -> Mesh:
         start_processes(device, config.parallel.timeout_minutes)
     p = config.parallel
     ps.initialize_model_parallel(
-        p.tp, p.pp, context_parallel_size=p.cp, distributed_timeout_minutes=max(1, round(p.timeout_minutes))
+        p.tp,
+        p.pp,
+        context_parallel_size=p.cp,
+        distributed_timeout_minutes=max(1, round(p.timeout_minutes)),
+        create_gloo_process_groups=False,  # second ones, for Megatron's own optimizer
     )
     return Mesh(
         device,
