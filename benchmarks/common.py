@@ -103,6 +103,39 @@ def run_point(module: str, point: dict, threads: int = 1, processes: int = 1) ->
     return json.loads(done.stdout.splitlines()[-1])
 
 
+Part = Callable[[argparse.Namespace], tuple[list[dict], list[Bar]]]  # prints a table; returns points and bars
+
+
+def parts_parser(doc: str, parts: dict[str, Part]) -> argparse.ArgumentParser:
+    """argument_parser for a benchmark of several parts, to be run by run_parts."""
+    parser = argument_parser(doc)
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), metavar="PART", help=" ".join(parts))
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it works, not how fast")
+    parser.add_argument("--point", type=json.loads, help="measure this point only, in these processes")
+    return parser
+
+
+def run_parts(args: argparse.Namespace, parts: dict[str, Part], measure: Callable[[dict], dict | None]) -> None:
+    """The parts one after the other; or, in the processes that run_point starts, one point by `measure`, printed by the one that
+    is given figures."""
+    if args.point:
+        from titans_pretrain.parallel.launch import leave_processes
+
+        found = measure(args.point)
+        leave_processes()
+        if found is not None:
+            print(json.dumps(found), flush=True)
+        return
+    setup = describe_setup(1, "deepspeed", "megatron-core")
+    print("\n".join(f"{name}: {value}" for name, value in setup.items()) + "\n")
+    points, bars = [], []
+    for name in args.only:
+        found, promised = parts[name](args)
+        points += [{"part": name, **p} for p in found]
+        bars += promised
+    finish(args, setup, points, bars)
+
+
 def flop_counter():
     """torch's FlopCounterMode, which by itself passes over the products that are added in place."""
     import torch

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import GIB, Bar, argument_parser, describe_setup, finish, markdown_table, run_point
+from benchmarks.common import GIB, Bar, markdown_table, parts_parser, run_parts, run_point
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/longcontext/2m-cpu.yaml"
@@ -58,9 +58,8 @@ def measure(point: dict) -> dict | None:
     torch.manual_seed(0)
     model = build_model(config.model).double()
     for layer in model.layers:
-        torch.nn.init.constant_(
-            layer.memory.forget_proj.bias, -14.0
-        )  # alpha about 1e-6: half of it is left after 800K tokens
+        # alpha about 1e-6: half of the memory is left after 800K tokens
+        torch.nn.init.constant_(layer.memory.forget_proj.bias, -14.0)
     engine = build_engine(config, model, mesh)
     row = torch.randint(0, NEEDLE, (1, tokens), generator=torch.Generator().manual_seed(1))
     labels = torch.full_like(row, -100)
@@ -79,10 +78,10 @@ def measure(point: dict) -> dict | None:
     return None if world > 1 and dist.get_rank() else found
 
 
-def needle(quick: bool) -> tuple[list[dict], list[Bar]]:
-    short, long = (4096, 8192) if quick else (16384, 2097152)
+def needle(args) -> tuple[list[dict], list[Bar]]:
+    short, long = (4096, 8192) if args.quick else (16384, 2097152)
     cases = [(1, short, short // 2), (4, short, short // 2)]
-    cases += [(4, long, int(long * share)) for share in ((0.9,) if quick else (0.06, 0.5, 0.906))]
+    cases += [(4, long, int(long * share)) for share in ((0.9,) if args.quick else (0.06, 0.5, 0.906))]
     points, rows = [], []
     for processes, tokens, distance in cases:
         print(f"needle: {processes} processes, {tokens:,} tokens, distance {distance:,}", file=sys.stderr)
@@ -102,36 +101,16 @@ def needle(quick: bool) -> tuple[list[dict], list[Bar]]:
     ]
 
 
-def step(quick: bool) -> tuple[list[dict], list[Bar]]:
+def step(args) -> tuple[list[dict], list[Bar]]:
     with tempfile.TemporaryDirectory() as folder:
         data, run_dir = Path(folder) / "data", Path(folder) / "run"
         library = sysconfig.get_path("stdlib")
-        tokenize = [
-            "-m",
-            "titans_pretrain.data_prep",
-            "tokenize",
-            library,
-            "--suffix",
-            ".py",
-            "--tokenizer",
-            "byte",
-            "--out",
-            data,
-        ]
-        _run(*tokenize, "--skip-bad-records", "--workers", "2")
-        sizes = ["data.seq_len=16384", "parallel.segments_per_rank=2"] if quick else []
-        train = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "4",
-            "-m",
-            "titans_pretrain",
-            "train",
-            CONFIG,
-        ]
-        process = _start(*train, f"data.path={data}", f"run.dir={run_dir}", *sizes)
+        tokenize = ["-m", "titans_pretrain.data_prep", "tokenize", library, "--suffix", ".py", "--tokenizer", "byte"]
+        _run(*tokenize, "--out", data, "--skip-bad-records", "--workers", "2")
+        sizes = ["data.seq_len=16384", "parallel.segments_per_rank=2"] if args.quick else []
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+        train = ["-m", "titans_pretrain", "train", CONFIG, f"data.path={data}", f"run.dir={run_dir}"]
+        process = _start(*launch, *train, *sizes)
         peaks: dict[str, int] = {}
         while process.poll() is None:
             for pid in _children(process.pid):
@@ -183,27 +162,7 @@ PARTS = {f.__name__: f for f in (step, needle)}
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=" ".join(PARTS))
-    parser.add_argument("--quick", action="store_true", help="short sequences: whether it works, not how fast")
-    parser.add_argument("--point", type=json.loads, help="measure this point only, in these processes")
-    args = parser.parse_args()
-    if args.point:
-        from titans_pretrain.parallel.launch import leave_processes
-
-        found = measure(args.point)
-        leave_processes()
-        if found is not None:
-            print(json.dumps(found), flush=True)
-        return
-    setup = describe_setup(1, "deepspeed", "megatron-core")
-    print("\n".join(f"{name}: {value}" for name, value in setup.items()) + "\n")
-    points, bars = [], []
-    for name in args.only:
-        found, held = PARTS[name](args.quick)
-        points += [{"part": name, **p} for p in found]
-        bars += held
-    finish(args, setup, points, bars)
+    run_parts(parts_parser(__doc__, PARTS).parse_args(), PARTS, measure)
 
 
 if __name__ == "__main__":

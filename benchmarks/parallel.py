@@ -17,7 +17,6 @@ after a warm-up. Memory is the peak of the resident set above what it was with t
   speed     a ring of 2 processes on a core each against one process on one core
 """
 
-import json
 import os
 import sys
 import time
@@ -31,12 +30,11 @@ import torch.distributed as dist
 from benchmarks.common import (
     GIB,
     Bar,
-    argument_parser,
-    describe_setup,
-    finish,
     markdown_table,
+    parts_parser,
     reset_peak,
     resident_bytes,
+    run_parts,
     run_point,
 )  # fmt: skip
 
@@ -116,7 +114,7 @@ def measure_step(engine, mesh, batch, point: dict) -> dict:
         engine.forward_backward(batches, targets)
         engine.model.zero_grad()
     segmented = next((m for m in getattr(engine, "modules", []) if hasattr(m, "link")), None)
-    if segmented is not None:
+    if segmented is not None and point.get("timeline"):
         segmented.timeline = Timeline()
     before = getattr(segmented and segmented.link, "traffic", None)
     built = resident_bytes()
@@ -142,7 +140,7 @@ def measure_step(engine, mesh, batch, point: dict) -> dict:
             name: [after[name].bytes - before[name].bytes, after[name].messages - before[name].messages]
             for name in after
         }
-    if segmented is not None:
+    if segmented is not None and point.get("timeline"):
         found["timeline"] = segmented.timeline.spans
     return found
 
@@ -191,17 +189,17 @@ def measure_zero(engine, mesh, batch, point: dict) -> dict:
     if engine.zero is not None:
         from titans_pretrain.checkpoint.optimizer_states import states_of
 
-        masters = sum(t.nbytes for t in states_of(engine.zero)._partitions())
+        masters = sum(t.nbytes for t in states_of(engine.zero).partitions())
     return {"parameters": total, "held": held, "masters": masters, "moments": moments}
 
 
-def run(name: str, processes: int, **point) -> dict:
-    print(f"{name}: {processes} process{'es' * (processes > 1)}, {point['tokens']:,} tokens", file=sys.stderr)
+def run(part: str, processes: int, **point) -> dict:
+    print(f"{part}: {processes} process{'es' * (processes > 1)}, {point['tokens']:,} tokens", file=sys.stderr)
     return run_point(MODULE, point, processes=processes)
 
 
-def payload(quick: bool, args) -> tuple[list, list]:
-    lengths = (1024, 2048) if quick else (8192, 65536)
+def payload(args) -> tuple[list, list]:
+    lengths = (1024, 2048) if args.quick else (8192, 65536)
     points = [run("payload", 2, tokens=t, layers=2, parallel={"cp": 2}, warm_up=0) for t in lengths]
     rows, sizes = [], []
     for t, p in zip(lengths, points, strict=True):
@@ -209,36 +207,23 @@ def payload(quick: bool, args) -> tuple[list, list]:
         states, back = p["ranks"][0]["traffic"]["states"], p["ranks"][1]["traffic"]["gradients"]
         sizes.append((states[0] / states[1], back[0] / back[1]))
         rows.append([f"{t:,}", f"{sizes[-1][0]:,.0f}", f"{sizes[-1][1]:,.0f}", str(collectives)])
-    print(
-        markdown_table(["tokens", "state, bytes per layer and boundary", "gradient, bytes", "collectives"], rows) + "\n"
-    )
-    bars = [
-        Bar(
-            "ring payload per layer, longer over shorter sequence",
-            sizes[1][0] / sizes[0][0],
-            1.0,
-            "times",
-            at_least=False,
-        ),
-        Bar(
-            "collectives in the layer loop",
-            max(len(r["collectives"]) for p in points for r in p["ranks"]),
-            0,
-            "",
-            False,
-        ),
+    header = ["tokens", "state, bytes per layer and boundary", "gradient, bytes", "collectives"]
+    print(markdown_table(header, rows) + "\n")
+    growth, calls = sizes[1][0] / sizes[0][0], max(len(r["collectives"]) for p in points for r in p["ranks"])
+    return points, [
+        Bar("ring payload per layer, longer over shorter sequence", growth, 1.0, "times", at_least=False),
+        Bar("collectives in the layer loop", calls, 0, "", at_least=False),
     ]
-    return points, bars
 
 
-def idle(quick: bool, args) -> tuple[list, list]:
+def idle(args) -> tuple[list, list]:
     from titans_pretrain.parallel.timeline import idle_share, write_chrome_trace
 
-    tokens, layers = (2048, 2) if quick else (16384, 8)
+    tokens, layers = (2048, 2) if args.quick else (16384, 8)
     points, rows = [], []
     for k, m in ((1, 1), (2, 1), (4, 1), (1, 4)):
         p = run(
-            "idle", 2, tokens=tokens, layers=layers, rows=m, pin=True,
+            "idle", 2, tokens=tokens, layers=layers, rows=m, pin=True, timeline=True,
             parallel={"cp": 2, "segments_per_rank": k, "inflight": m},
         )  # fmt: skip
         spans = [r.pop("timeline") for r in p["ranks"]]
@@ -250,8 +235,8 @@ def idle(quick: bool, args) -> tuple[list, list]:
     return points, []
 
 
-def tensor(quick: bool, args) -> tuple[list, list]:
-    tokens, layers, dim = (512, 2, 64) if quick else (4096, 4, 128)
+def tensor(args) -> tuple[list, list]:
+    tokens, layers, dim = (512, 2, 64) if args.quick else (4096, 4, 128)
     points, rows, bars = [], [], []
     for variant in ("transformer", "lmm", "mag", "mal"):
         p = run("tensor", 2, tokens=tokens, layers=layers, dim=dim, variant=variant, parallel={"tp": 2})
@@ -268,24 +253,20 @@ def tensor(quick: bool, args) -> tuple[list, list]:
     return points, bars
 
 
-def memory(quick: bool, args) -> tuple[list, list]:
-    tokens = 8192 if quick else 65536
+def memory(args) -> tuple[list, list]:
+    tokens = 8192 if args.quick else 65536
     one = run("memory", 1, tokens=tokens, layers=4, warm_up=0)
     four = run("memory", 4, tokens=tokens, layers=4, parallel={"cp": 4}, warm_up=0)
     most = [max(r["activations"] for r in p["ranks"]) for p in (one, four)]
-    print(
-        markdown_table(
-            ["processes", "activations, GiB"], [["1", f"{most[0] / GIB:.2f}"], ["4", f"{most[1] / GIB:.2f}"]]
-        )
-        + "\n"
-    )
+    rows = [[f"{n}", f"{m / GIB:.2f}"] for n, m in zip((1, 4), most, strict=True)]
+    print(markdown_table(["processes", "activations, GiB"], rows) + "\n")
     return [one, four], [
         Bar(f"activations at {tokens:,} tokens, 4 ranks over 1", most[1] / most[0], 0.35, "times", False)
     ]
 
 
-def segments(quick: bool, args) -> tuple[list, list]:
-    size, lengths = (1024, (4096, 8192)) if quick else (16384, (131072, 1048576))
+def segments(args) -> tuple[list, list]:
+    size, lengths = (1024, (4096, 8192)) if args.quick else (16384, (131072, 1048576))
     points = [
         run(
             "segments", 1, tokens=t, layers=2, recompute="segment", parallel={"segments_per_rank": t // size}, warm_up=0
@@ -300,8 +281,8 @@ def segments(quick: bool, args) -> tuple[list, list]:
     ]
 
 
-def zero(quick: bool, args) -> tuple[list, list]:
-    dim, layers = (64, 2) if quick else (512, 4)
+def zero(args) -> tuple[list, list]:
+    dim, layers = (64, 2) if args.quick else (512, 4)
     points, rows, bars = [], [], []
     for stage in (0, 1, 2, 3):
         p = run("zero", 2, kind="zero", tokens=256, dim=dim, layers=layers, rows=2, parallel={"zero_stage": stage})
@@ -319,16 +300,14 @@ def zero(quick: bool, args) -> tuple[list, list]:
     return points, bars
 
 
-def speed(quick: bool, args) -> tuple[list, list]:
-    tokens, layers = (2048, 2) if quick else (32768, 8)
+def speed(args) -> tuple[list, list]:
+    tokens, layers = (2048, 2) if args.quick else (32768, 8)
     kinds = {"1 rank": (1, {}), "2 ranks, k=1": (2, {"cp": 2}), "2 ranks, k=4": (2, {"cp": 2, "segments_per_rank": 4})}
     best: dict[str, float] = {}
     points = []
-    for _ in range(1 if quick else 3):
+    for _ in range(1 if args.quick else 3):
         for name, (processes, layout) in kinds.items():
             p = run("speed", processes, tokens=tokens, layers=layers, parallel=layout, pin=True)
-            for r in p["ranks"]:
-                r.pop("timeline", None)
             best[name] = min(best.get(name, 1e9), max(r["seconds"] for r in p["ranks"]))
             points.append(p)
     one, plain, cyclic = best.values()
@@ -344,31 +323,9 @@ PARTS = {f.__name__: f for f in (payload, idle, tensor, memory, segments, zero, 
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=" ".join(PARTS))
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it works, not how fast")
+    parser = parts_parser(__doc__, PARTS)
     parser.add_argument("--trace", metavar="FILE", help="write the ring's timelines beside this name")
-    parser.add_argument("--point", type=json.loads, help="measure this point only, in these processes")
-    args = parser.parse_args()
-    if args.point:
-        from titans_pretrain.parallel.launch import leave_processes
-
-        found = measure(args.point)
-        leave_processes()
-        if found is not None:
-            print(json.dumps(found), flush=True)
-        return
-    setup = describe_setup(1, "deepspeed", "megatron-core")
-    print("\n".join(f"{name}: {value}" for name, value in setup.items()) + "\n")
-    points, bars = [], []
-    for name in args.only:
-        found, held = PARTS[name](args.quick, args)
-        points += [{"part": name, **p} for p in found]
-        bars += held
-    for p in points:
-        for r in p["ranks"]:
-            r.pop("timeline", None)
-    finish(args, setup, points, bars)
+    run_parts(parser.parse_args(), PARTS, measure)
 
 
 if __name__ == "__main__":

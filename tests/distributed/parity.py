@@ -17,7 +17,7 @@ from titans_pretrain.training.engine import SingleEngine
 ROWS, TOKENS, VOCAB, STEPS = 4, 48, 64, 5
 FLOAT32, FLOAT64 = 1e-5, 1e-9  # largest relative difference
 CALM = {
-    "model__memory__max_lr": 0.02,
+    "model__memory__max_lr": 0.005,
     "train__eps": 1e-4,
 }  # for float32: neither the inner loop nor Adam magnifies rounding
 

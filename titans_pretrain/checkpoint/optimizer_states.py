@@ -68,7 +68,7 @@ class ZeroStates:
 
     def load(self, named: dict[str, nn.Parameter], steps: int, read: Read) -> None:
         inner = self.zero.optimizer
-        for flat in self._partitions():
+        for flat in self.partitions():
             inner.state[flat] = _empty_state(inner, flat, steps)
         self._link()
         for kind in KINDS:
@@ -88,7 +88,7 @@ class ZeroStates:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
-    def _partitions(self) -> list[Tensor]:
+    def partitions(self) -> list[Tensor]:
         """What the inner optimizer sees as its parameters: this rank's flat pieces."""
         for name in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups"):
             if hasattr(self.zero, name):
