@@ -15,10 +15,3 @@ def ranks(tmp_path_factory):
     yield get
     for group in running.values():
         group.stop()
-
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in its own
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "distributed" in str(item.fspath):
-            item.add_marker(pytest.mark.xdist_group("ranks"))  # one pytest worker starts the ranks
