@@ -29,7 +29,7 @@ class StateGradients:
 def tile_backward(
     d_y: Tensor, q: Tensor, tables: list[TileTables], state: Matrices, anchor: Matrices, gradient: InnerGradient,
     towards: Matrices | None, d_tables: list[TileTables], d: StateGradients, residual_norm: bool,
-    hidden_group: HiddenGroup, z: Tensor | None,
+    eps: float, hidden_group: HiddenGroup, z: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v; those of q and k through the weights alone (the residual adds d_y and -d_v), with a hidden_group
     partial. d.state: of the state after the tile, on return of the one before it, the anchor's part left out. z: the reads' z_L,
@@ -66,7 +66,7 @@ def tile_backward(
         _carry_backward(d.state[layer], state[layer], t.carry, d_tables[layer].carry)
         scaled, d_p = reads[layer]
         d.state[layer].baddbmm_(scaled.mT, d_p)
-    d_k, d_v, d_anchor = _inner_gradient_backward(gradient, anchor, d_a, d_e, residual_norm, hidden_group)
+    d_k, d_v, d_anchor = _inner_gradient_backward(gradient, anchor, d_a, d_e, residual_norm, eps, hidden_group)
     d.anchor = d_anchor if d.anchor is None else [old.add_(new) for old, new in zip(d.anchor, d_anchor, strict=True)]
     return d_h, d_k, d_v
 
@@ -95,6 +95,7 @@ def _inner_gradient_backward(
     d_a: list[Tensor],
     d_e: list[Tensor],
     residual_norm: bool,
+    eps: float,
     hidden_group: HiddenGroup,
 ) -> tuple[Tensor, Tensor, Matrices]:
     """Adjoint of inner_gradient: gradients of k (the residual's left out), v and the anchor. Overwrites d_a and d_e."""
@@ -111,11 +112,13 @@ def _inner_gradient_backward(
     last = sum_over_ranks(d_e[-1], hidden_group)
     if residual_norm:
         n, mean, rstd, r = g.norm
+        along_e = (last * g.deltas[-1]).sum(-1, keepdim=True)
+        last = g.damp * last
         d_r = layer_norm_vjp(last, g.out, mean, rstd)
         size = n.shape[-1]
         along_r, along_d = (r * n).sum(-1, keepdim=True), (last * n).sum(-1, keepdim=True)
         d_n = torch.addcmul(2 * d_r, rstd / size, along_r * last + along_d * r, value=-1)
-        d_std = -rstd * (last * g.deltas[-1]).sum(-1, keepdim=True)
+        d_std = along_e * rstd * (2 * eps * g.damp * rstd.square() - 1)
         d_z = torch.addcmul(layer_norm_vjp(d_n, g.out, mean, rstd), d_std / size, n)
     else:
         d_r, d_z = last, 2 * last

@@ -13,7 +13,7 @@ from titans_pretrain.kernels.memory_scan.chunk_backward import StateGradients, t
 from titans_pretrain.kernels.memory_scan.chunk_forward import Matrices, SpanInputs, read, span_rows, tile_tables, write
 from titans_pretrain.kernels.memory_scan.gates import TableGradients, decay_tables_backward
 from titans_pretrain.kernels.memory_scan.hidden_split import HiddenGroup, sum_over_ranks, sum_together
-from titans_pretrain.kernels.memory_scan.network import inner_gradient, output
+from titans_pretrain.kernels.memory_scan.network import damping_eps, inner_gradient, output
 from titans_pretrain.kernels.memory_scan.spans import Span, cut
 from titans_pretrain.kernels.memory_scan.state import MemoryState
 
@@ -29,6 +29,7 @@ def scan(
     *,
     chunk_size: int,
     residual_norm: bool,
+    damping: float,
     forget_to: str,
     reset: Tensor | None,
     initial_state: MemoryState | None,
@@ -46,7 +47,7 @@ def scan(
         states += [*initial_state.weights, *initial_state.surprise]
     spans = cut(tokens, chunk_size, state.offset, checkpoint_every)
     y, *out = _Scan.apply(
-        q, k, v, forget, momentum, lr, reset, spans, residual_norm, forget_to == "initial",
+        q, k, v, forget, momentum, lr, reset, spans, residual_norm, damping, forget_to == "initial",
         bool(state.offset), bool(offset), depth, hidden_group, *states,
     )  # fmt: skip
     anchor = tuple(out[2 * depth :]) if offset else None
@@ -64,9 +65,10 @@ class SpanSums:
 class _Walk:
     """One scan in the layout of the tile functions: walks spans forward, and back from their first states."""
 
-    def __init__(self, tokens, reset, residual_norm, forget_to_initial, half_read, depth, hidden_group, states):
+    def __init__(self, tokens, reset, residual_norm, damping, forget_to_initial, half_read, depth, hidden_group, states):
         self.tokens, self.residual_norm, self.hidden_group = tokens, residual_norm, hidden_group
         self.dtype = states[0].dtype
+        self.eps = damping_eps(damping, states[depth - 1], hidden_group)
         matrices = [s.flatten(0, 1) for s in states]
         groups = [matrices[i : i + depth] for i in range(0, len(matrices), depth)]
         self.anchor = groups[2] if half_read else None
@@ -106,7 +108,7 @@ class _Walk:
             if span.opens(tile):
                 anchor = self.open_chunk(span, tile, state)
             t = tile_tables(tables, tile, len(state))
-            gradient = inner_gradient(x.k[:, tile], x.v[:, tile], anchor, self.residual_norm, self.hidden_group)
+            gradient = inner_gradient(x.k[:, tile], x.v[:, tile], anchor, self.residual_norm, self.eps, self.hidden_group)
             z[:, tile] = read(x.q[:, tile], t, state, gradient, self.towards)[-1][1]
             write(t, state, gradient, state)
             if sums is not None:
@@ -129,7 +131,7 @@ class _Walk:
                 anchor = self.open_chunk(span, tile, state)
             t = tile_tables(tables, tile, len(state))
             known = None if sums is None else sums.keys[tile]
-            gradient = inner_gradient(x.k[:, tile], x.v[:, tile], anchor, self.residual_norm, self.hidden_group, known)
+            gradient = inner_gradient(x.k[:, tile], x.v[:, tile], anchor, self.residual_norm, self.eps, self.hidden_group, known)
             kept.append((t, state, anchor, gradient))
             if tile < span.tiles - 1:
                 if tile == len(self.buffers):
@@ -142,7 +144,7 @@ class _Walk:
             d_q[:, tile], d_k[:, tile], d_v[:, tile] = tile_backward(
                 d_rows[:, tile], x.q[:, tile], t, state, anchor, gradient, self.towards,
                 tile_tables(d_tables, tile, len(state)), d.walk, self.residual_norm,
-                self.hidden_group, None if sums is None else sums.reads[:, tile],
+                self.eps, self.hidden_group, None if sums is None else sums.reads[:, tile],
             )  # fmt: skip
             if span.opens(tile):
                 d.close_chunk(None if self.reset is None else self.reset[:, span.chunk_of(tile)])
@@ -206,6 +208,7 @@ class _Scan(torch.autograd.Function):
         reset,
         spans,
         residual_norm,
+        damping,
         to_initial,
         half_read,
         leaves_half,
@@ -213,7 +216,7 @@ class _Scan(torch.autograd.Function):
         hidden_group,
         *states,
     ):
-        tokens, config = (q, k, v, forget, momentum, lr), (residual_norm, to_initial, half_read, depth, hidden_group)
+        tokens, config = (q, k, v, forget, momentum, lr), (residual_norm, damping, to_initial, half_read, depth, hidden_group)
         walk = _Walk(tokens, reset, *config, states)
         y = torch.empty_like(q, memory_format=torch.contiguous_format)
         state, anchor, saved = walk.state, walk.anchor, []
@@ -240,7 +243,7 @@ class _Scan(torch.autograd.Function):
             d = _Gradients(walk, d_out[:depth], d_out[depth : 2 * depth], d_anchor)
             for span, (state, anchor, sums) in zip(reversed(ctx.spans), reversed(ctx.saved), strict=True):
                 walk.backward(span, [x.clone() for x in state], anchor, sums, d_y, d)
-        return (*d.tokens, *[None] * 8, *(x.unflatten(0, (len(d_y), -1)) for x in d.states(half_read)))
+        return (*d.tokens, *[None] * 9, *(x.unflatten(0, (len(d_y), -1)) for x in d.states(half_read)))
 
 
 def _split(state: Matrices) -> tuple[Matrices, Matrices]:

@@ -71,6 +71,11 @@ def output(z: Tensor, x: Tensor, residual_norm: bool) -> Tensor:
     return x + layer_norm(z)[0] if residual_norm else z
 
 
+def damping_eps(damping: float, last: Tensor, hidden_group: HiddenGroup = None) -> float:
+    """eps of the damped inner gradient: damping times what the last matrix [..., F, D] has rows, over all ranks."""
+    return damping * last.shape[-2] * (1 if hidden_group is None else hidden_group.size())
+
+
 @dataclass
 class InnerGradient:
     """What the gradient of the inner objective leaves, per token: u_l = a_{l-1} (x) e_l."""
@@ -81,28 +86,34 @@ class InnerGradient:
     back: list[Tensor]  # g_1, ..., g_{L-1}: e_{l+1} W_{l+1}^T
     out: Tensor  # z_L
     norm: tuple[Tensor, Tensor, Tensor, Tensor] | None  # LN(z_L), mean, rstd, and 2 (M(k) - v)
+    damp: Tensor | float  # s^2 / (s^2 + eps), s the std of z_L: what the whole gradient is scaled by
 
 
 def inner_gradient(
-    k: Tensor, v: Tensor, weights, residual_norm: bool, hidden_group: HiddenGroup = None, out: Tensor | None = None
-) -> InnerGradient:
-    """The gradient's factors at `weights` for keys and values [..., b, D]. out: z_L where it is known."""
+    k: Tensor, v: Tensor, weights, residual_norm: bool, eps: float = 0.0, hidden_group: HiddenGroup = None,
+    out: Tensor | None = None,
+) -> InnerGradient:  # fmt: skip
+    """The gradient's factors at `weights` for keys and values [..., b, D], scaled by s^2 / (s^2 + eps) with residual_norm (the
+    damped inner gradient). out: z_L where it is known."""
     inputs, pre = [copy_to_ranks(k, hidden_group)], []
     for w in weights[:-1]:
         pre.append(inputs[-1] @ w)
         inputs.append(gelu(pre[-1]))
     if out is None:
         out = sum_over_ranks(inputs[-1] @ weights[-1], hidden_group)
-    norm = None
+    norm, damp = None, 1.0
     if residual_norm:
         n, mean, rstd = layer_norm(out)
         r = (k + n - v).mul(2)
         norm = (n, mean, rstd, r)
         error = layer_norm_vjp(r, out, mean, rstd)
+        if eps:
+            damp = 1 / (1 + eps * rstd.square())
+            error = error * damp
     else:
         error = (out - v).mul(2)
     deltas, back = [copy_to_ranks(error, hidden_group)], []
     for w, z in zip(reversed(weights[1:]), reversed(pre), strict=True):
         back.append(deltas[-1] @ w.mT)
         deltas.append(gelu_vjp(back[-1], z))
-    return InnerGradient(inputs, deltas[::-1], pre, back[::-1], out, norm)
+    return InnerGradient(inputs, deltas[::-1], pre, back[::-1], out, norm, damp)

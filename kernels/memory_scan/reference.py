@@ -12,12 +12,16 @@ from titans_pretrain.kernels.memory_scan.hidden_split import HiddenGroup
 from titans_pretrain.kernels.memory_scan.state import MemoryState
 
 
-def memory(weights, x: Tensor, residual_norm: bool) -> Tensor:
-    """M(x) of one head for one token. x [D], weights over L of [d_in, d_out]."""
-    h = x
+def layers(weights, x: Tensor) -> Tensor:
+    """z of one head for one token. x [D], weights over L of [d_in, d_out]."""
     for w in weights[:-1]:
-        h = F.gelu(h @ w, approximate="tanh")
-    z = h @ weights[-1]
+        x = F.gelu(x @ w, approximate="tanh")
+    return x @ weights[-1]
+
+
+def memory(weights, x: Tensor, residual_norm: bool) -> Tensor:
+    """M(x) of one head for one token."""
+    z = layers(weights, x)
     return x + F.layer_norm(z, z.shape, eps=1e-6) if residual_norm else z
 
 
@@ -32,6 +36,7 @@ def scan(
     *,
     chunk_size: int,
     residual_norm: bool,
+    damping: float,
     forget_to: str,
     reset: Tensor | None,
     initial_state: MemoryState | None,
@@ -47,7 +52,15 @@ def scan(
         return (memory(weights, key, residual_norm) - value).square().sum()
 
     over_heads = lambda f: vmap(vmap(f))  # noqa: E731  batch, then heads
-    gradient = over_heads(grad(loss))
+    def damped(weights, key, value):
+        u = grad(loss)(weights, key, value)
+        if not (residual_norm and damping):
+            return u
+        variance = layers(weights, key).var(correction=0) + 1e-6  # LayerNorm's own epsilon
+        phi = variance / (variance + damping * weights[-1].shape[0])
+        return tuple(phi * x for x in u)
+
+    gradient = over_heads(damped)
     read = over_heads(lambda weights, x: memory(weights, x, residual_norm))
 
     weights, surprise = state.weights, state.surprise

@@ -27,6 +27,7 @@ def memory_scan(
     *,
     chunk_size: int,
     residual_norm: bool = False,
+    damping: float = 0.0,
     forget_to: str = "zero",
     reset: Tensor | None = None,
     initial_state: MemoryState | None = None,
@@ -47,6 +48,8 @@ def memory_scan(
     state                   where the sequence stands (MemoryState.initial, or what an earlier call returned)
     chunk_size              C: part of the function, not a tile size. C = 1 is the paper's exact recurrence
     residual_norm           M(x) = x + LN(z) instead of z
+    damping                 c of the damped inner gradient: u_t is scaled by s^2 / (s^2 + c F), s the standard deviation of
+                            z at k_t, F the rows of the last W. Needs residual_norm; 0: the plain gradient
     forget_to               "zero", or "initial": W_t = W_init + (1 - alpha_t)(W_{t-1} - W_init) + S_t,
                             W_init = initial_state.weights
     reset                   [B, chunks touched by this call] bool: the state returns to initial_state before that chunk
@@ -73,7 +76,7 @@ def memory_scan(
             out = q.dtype
         y, new = scan(
             q, k, v, forget, momentum, lr, state.expand(q.shape[0]),
-            chunk_size=chunk_size, residual_norm=residual_norm, forget_to=forget_to, reset=reset,
+            chunk_size=chunk_size, residual_norm=residual_norm, damping=damping, forget_to=forget_to, reset=reset,
             initial_state=initial_state, checkpoint_every=checkpoint_every, hidden_group=hidden_group,
         )  # fmt: skip
         return y.to(out), new
@@ -90,6 +93,7 @@ def memory_step(
     *,
     chunk_size: int,
     residual_norm: bool = False,
+    damping: float = 0.0,
     forget_to: str = "zero",
     initial_state: MemoryState | None = None,
     hidden_group: HiddenGroup = None,
@@ -104,7 +108,7 @@ def memory_step(
     with torch.autocast(q.device.type, enabled=False):
         return step(
             q, k, v, forget, momentum, lr, state.expand(q.shape[0]),
-            chunk_size=chunk_size, residual_norm=residual_norm, forget_to=forget_to, initial_state=initial_state,
+            chunk_size=chunk_size, residual_norm=residual_norm, damping=damping, forget_to=forget_to, initial_state=initial_state,
             hidden_group=hidden_group,
         )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from titans_pretrain.kernels.memory_scan.hidden_split import HiddenGroup, check_split, copy_to_ranks
-from titans_pretrain.kernels.memory_scan.network import inner_gradient, memory_network
+from titans_pretrain.kernels.memory_scan.network import damping_eps, inner_gradient, memory_network
 from titans_pretrain.kernels.memory_scan.state import MemoryState
 
 
@@ -28,6 +28,7 @@ def step(
     *,
     chunk_size: int,
     residual_norm: bool,
+    damping: float,
     forget_to: str,
     initial_state: MemoryState | None,
     hidden_group: HiddenGroup,
@@ -36,7 +37,8 @@ def step(
     dtype = state.weights[0].dtype
     key, value = (x.transpose(1, 2).to(dtype) for x in (k, v))  # [B, H, 1, D]
     anchor = state.anchor or state.weights
-    gradient = inner_gradient(key, value, anchor, residual_norm, hidden_group)
+    eps = damping_eps(damping, anchor[-1], hidden_group)
+    gradient = inner_gradient(key, value, anchor, residual_norm, eps, hidden_group)
     gates = [copy_to_ranks(g, hidden_group) for g in (forget, momentum, lr)]
     weights, surprise = [], []
     for i in range(state.depth):

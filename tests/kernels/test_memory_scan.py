@@ -87,6 +87,13 @@ def compare(x, depth, options, chunked=None, tol=TOL):
         assert_equal(p, r, tol, f"gradient of {name}")
 
 
+@pytest.mark.parametrize("depth, chunk", [(1, 1), (1, 5), (2, 1), (2, 5), (3, 5)])
+@pytest.mark.parametrize("damping", [0.3, 2.0])
+def test_damped_gradient(depth, chunk, damping):
+    x = make(13, depth, seed=depth)
+    compare(x, depth, dict(chunk_size=chunk, residual_norm=True, damping=damping, forget_to="initial"))
+
+
 OPTIONS = list(itertools.product((1, 2, 3), (False, True), ("zero", "initial"), (False, True), (False, True)))
 
 
@@ -136,7 +143,7 @@ def test_split_invariance(backend, chunk, cuts, forget_to):
 )
 def test_steps_equal_scan(depth, residual_norm, forget_to):
     x = make(11, depth)
-    options = dict(chunk_size=4, residual_norm=residual_norm, forget_to=forget_to)
+    options = dict(chunk_size=4, residual_norm=residual_norm, damping=residual_norm * 0.7, forget_to=forget_to)
     y, final = run(x, depth, "chunked", **options)
     state, initial = states(x, depth)
     ys = []

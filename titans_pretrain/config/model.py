@@ -18,7 +18,9 @@ class MemoryConfig:
     chunk_size: int = 16  # C, tokens whose gradients share one anchor
     residual_norm: bool = True  # M(x) = x + LN(z) instead of M(x) = z
     forget_to: Literal["zero", "initial"] = "initial"  # what forgetting decays the weights towards
+    damping: float = 0.0  # c of the damped inner gradient, with residual_norm; 0: the plain gradient
     step: Literal["plain", "telescoped"] = "plain"
+    step_coefficient: float | None = None  # g of the telescoped step; null: 0.8 with residual_norm, else 2
     max_lr: float = 0.1  # theta = max_lr * sigmoid(.)
     max_momentum: float = 0.9  # eta = max_momentum * sigmoid(.)
     per_layer_gates: bool = False  # one gate per memory layer instead of one for all
@@ -30,8 +32,11 @@ class MemoryConfig:
         for name in ("heads", "depth", "chunk_size", "conv_size"):
             _positive("model.memory." + name, getattr(self, name))
         _positive("model.memory.expansion", self.expansion)
-        if self.max_lr < 0:
-            raise ValueError(f"model.memory.max_lr must be 0 or more, got {self.max_lr}")
+        for name in ("damping", "max_lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.memory.{name} must be 0 or more, got {getattr(self, name)}")
+        if self.step_coefficient is None:
+            self.step_coefficient = 0.8 if self.residual_norm else 2.0
         if not 0 <= self.max_momentum <= 1:
             raise ValueError(f"model.memory.max_momentum must lie in [0, 1], got {self.max_momentum}")
         if self.checkpoint_every is not None:

@@ -10,6 +10,7 @@ from titans_pretrain.kernels.short_conv import causal_conv
 from titans_pretrain.models.norm import RMSNorm
 from titans_pretrain.models.state import InitialMemory, MemoryLayerState
 
+UNIT_EPS = 1e-6  # against |x|^2
 PIECE = 8192  # tokens read at a time: on a CPU the working memory of longer calls is fresh, and slow, every time
 
 
@@ -89,9 +90,9 @@ class MemoryLayer(nn.Module):
         forget, momentum, lr = self._gates(x, positions)
         history = None
         if c.step == "telescoped":
-            lr, history = telescope(lr, momentum, k, chunk_size=c.chunk_size, history=state.history)
+            lr, history = self._telescope(lr, momentum, k, state.history)
         options = dict(
-            chunk_size=c.chunk_size, residual_norm=c.residual_norm, forget_to=c.forget_to, initial_state=start.memory,
+            chunk_size=c.chunk_size, residual_norm=c.residual_norm, damping=c.damping, forget_to=c.forget_to, initial_state=start.memory,
             hidden_group=self.hidden_group,
         )  # fmt: skip
         reset = None if positions is None else self._resets(positions, state.memory.offset)
@@ -135,10 +136,10 @@ class MemoryLayer(nn.Module):
         (q, k, v), conv = self._project(x, start.conv, None, None)
         forget, momentum, lr = self._gates(x, None)
         if c.step == "telescoped":
-            lr, _ = telescope(lr, momentum, k, chunk_size=c.chunk_size)
+            lr, _ = self._telescope(lr, momentum, k, None)
         y, memory = memory_scan(
             q, k, v, forget, momentum, lr, start.memory, chunk_size=c.chunk_size, residual_norm=c.residual_norm,
-            forget_to=c.forget_to, initial_state=start.memory, checkpoint_every=c.checkpoint_every, backend=c.backend,
+            damping=c.damping, forget_to=c.forget_to, initial_state=start.memory, checkpoint_every=c.checkpoint_every, backend=c.backend,
             hidden_group=self.hidden_group,
         )  # fmt: skip
         return y, InitialMemory(memory.opened(), conv)
@@ -161,12 +162,19 @@ class MemoryLayer(nn.Module):
         c = self.config
         gates = []
         for proj, high in ((self.forget_proj, 1.0), (self.momentum_proj, c.max_momentum), (self.lr_proj, c.max_lr)):
-            g = proj(x)
-            g = torch.sigmoid(g.to(torch.promote_types(g.dtype, torch.float32))).unflatten(-1, (self.heads, -1)) * high
+            # The bias after the product, in float32: a bfloat16 sum with -6 leaves a handful of different alphas.
+            g = F.linear(x, proj.weight)
+            dtype = torch.promote_types(g.dtype, torch.float32)
+            g = torch.sigmoid(g.to(dtype) + proj.bias.to(dtype)).unflatten(-1, (self.heads, -1)) * high
             if positions is not None:
                 g = g.masked_fill((positions < 0)[..., None, None], 0.0)
             gates.append(g)
         return gates
+
+    def _telescope(self, lr, momentum, k, history):
+        c = self.config
+        lr, history = telescope(lr, k, chunk_size=c.chunk_size, coefficient=c.step_coefficient, history=history)
+        return (lr if c.residual_norm else lr * (1 - momentum)), history
 
     def _resets(self, positions: Tensor, offset: int) -> Tensor:
         """[B, chunks touched]: which chunks start a document."""
@@ -175,5 +183,7 @@ class MemoryLayer(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """l2-normalised over the last dimension, in float32 or better."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+    """l2-normalised over the last dimension, in float32 or better. The epsilon stands inside the root: the gradient at a zero vector
+    is finite, where that of x / max(|x|, eps) is not."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)
