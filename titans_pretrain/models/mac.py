@@ -18,7 +18,7 @@ from titans_pretrain.config.model import ModelConfig
 from titans_pretrain.kernels.attention import segment_attention
 from titans_pretrain.models.attention import AttentionLayer
 from titans_pretrain.models.blocks import Block, Gate
-from titans_pretrain.models.memory import MemoryLayer, unit
+from titans_pretrain.models.memory import MemoryLayer
 from titans_pretrain.models.norm import RMSNorm
 from titans_pretrain.models.state import LayerState, MemoryLayerState, SegmentState
 
@@ -45,7 +45,7 @@ class MacBlock(Block):
         keys, values = self.attention.keys_values(x, by)
         retrieval = None
         if self.retrieve_proj is not None:
-            retrieval = unit(F.silu(self.retrieve_proj(x)).unflatten(-1, (self.memory.heads, -1)))
+            retrieval = F.silu(self.retrieve_proj(x)).unflatten(-1, (self.memory.heads, -1))
         persistent = self.attention.positionless(self.persistent)
         memory, segment = state.memory, state.segment
         if memory is None:
@@ -97,7 +97,7 @@ class MacBlock(Block):
     def _context(self, segment: SegmentState) -> tuple[Tensor, Tensor] | None:
         if self.memory_queries is None:
             return None
-        q = unit(self.memory_queries).expand(segment.weights[0].shape[0], -1, -1, -1)
+        q = self.memory_queries.expand(segment.weights[0].shape[0], -1, -1, -1)
         return self.attention.positionless(self.memory.retrieve(q, segment.weights).to(self.memory_queries.dtype))
 
 

@@ -11,6 +11,7 @@ from titans_pretrain.models.norm import RMSNorm
 from titans_pretrain.models.state import InitialMemory, MemoryLayerState
 
 UNIT_EPS = 1e-6  # against |x|^2
+PRESENCE = 1e-4  # against the mean square, about 0.1 in a fresh model
 PIECE = 8192  # tokens read at a time: on a CPU the working memory of longer calls is fresh, and slow, every time
 
 
@@ -86,11 +87,9 @@ class MemoryLayer(nn.Module):
         start = self.initial(persistent, state)
         if state is None:
             state = self.opened(start, x.shape[0])
-        (q, k, v), conv = self._project(x, state.conv, positions, start.conv)
+        (q, k, v), (asked, said), conv = self._project(x, state.conv, positions, start.conv)
         forget, momentum, lr = self._gates(x, positions)
-        history = None
-        if c.step == "telescoped":
-            lr, history = self._telescope(lr, momentum, k, state.history)
+        forget, momentum, lr, history = self._steps(forget, momentum, lr * said, k, state.history)
         options = dict(
             chunk_size=c.chunk_size, residual_norm=c.residual_norm, damping=c.damping, forget_to=c.forget_to, initial_state=start.memory,
             hidden_group=self.hidden_group,
@@ -103,7 +102,7 @@ class MemoryLayer(nn.Module):
                 q, k, v, forget, momentum, lr, state.memory,
                 reset=reset, checkpoint_every=c.checkpoint_every, backend=c.backend, **options,
             )  # fmt: skip
-        y = self.norm(y).flatten(-2).to(x.dtype) * torch.sigmoid(self.g_proj(x))
+        y = (self.norm(y) * asked).flatten(-2).to(x.dtype) * torch.sigmoid(self.g_proj(x))
         kept = None if torch.is_grad_enabled() else start
         return self.o_proj(y), MemoryLayerState(memory, conv, history, kept)
 
@@ -126,17 +125,17 @@ class MemoryLayer(nn.Module):
         return MemoryLayerState(start.memory.expand(batch), tuple(t.expand(batch, -1, -1) for t in start.conv))
 
     def retrieve(self, q: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        """M(q) at given weights, normalised per head. q [B, n, H, D] l2-normalised -> [B, n, dim]."""
+        """M(q) at given weights, normalised per head. q [B, n, H, D] -> [B, n, dim]."""
+        q, asked = unit(q)
         state = MemoryState(weights, weights)  # the surprise is not read
         y = memory_read(q, state, residual_norm=self.config.residual_norm, hidden_group=self.hidden_group)
-        return self.norm(y).flatten(-2)
+        return (self.norm(y) * asked).flatten(-2)
 
     def _scan_persistent(self, x: Tensor, start: InitialMemory) -> tuple[Tensor, InitialMemory]:
         c = self.config
-        (q, k, v), conv = self._project(x, start.conv, None, None)
+        (q, k, v), (_, said), conv = self._project(x, start.conv, None, None)
         forget, momentum, lr = self._gates(x, None)
-        if c.step == "telescoped":
-            lr, _ = self._telescope(lr, momentum, k, None)
+        forget, momentum, lr, _ = self._steps(forget, momentum, lr * said, k, None)
         y, memory = memory_scan(
             q, k, v, forget, momentum, lr, start.memory, chunk_size=c.chunk_size, residual_norm=c.residual_norm,
             damping=c.damping, forget_to=c.forget_to, initial_state=start.memory, checkpoint_every=c.checkpoint_every, backend=c.backend,
@@ -145,17 +144,21 @@ class MemoryLayer(nn.Module):
         return y, InitialMemory(memory.opened(), conv)
 
     def _project(self, x, tails, positions, initial):
-        """q, k, v [B, T, H, D] after convolution, SiLU and the l2 norm of q and k; and the convolutions' new tails."""
-        heads, conv = [], []
+        """q, k, v [B, T, H, D] after convolution, SiLU and the l2 norm of q and k; the presence of q and of k; and the
+        convolutions' new tails."""
+        heads, presence, conv = [], [], []
         for i, name in enumerate("qkv"):
             y, tail = causal_conv(
                 getattr(self, f"{name}_proj")(x), getattr(self, f"{name}_conv"), tail=tails[i], positions=positions,
                 initial=None if initial is None else initial[i],
             )  # fmt: skip
             y = F.silu(y).unflatten(-1, (self.heads, -1))
-            heads.append(y if name == "v" else unit(y))
+            if name != "v":
+                y, present = unit(y)
+                presence.append(present)
+            heads.append(y)
             conv.append(tail)
-        return heads, tuple(conv)
+        return heads, presence, tuple(conv)
 
     def _gates(self, x: Tensor, positions: Tensor | None) -> list[Tensor]:
         """alpha, eta, theta [B, T, H, G] in float32 or better; zero where positions say padding."""
@@ -171,10 +174,21 @@ class MemoryLayer(nn.Module):
             gates.append(g)
         return gates
 
-    def _telescope(self, lr, momentum, k, history):
+    def _steps(self, forget, momentum, lr, k, history):
+        """The gates as the scan takes them, theta telescoped, and the history of a half-read chunk."""
         c = self.config
-        lr, history = telescope(lr, k, chunk_size=c.chunk_size, coefficient=c.step_coefficient, history=history)
-        return (lr if c.residual_norm else lr * (1 - momentum)), history
+        if c.step == "telescoped":
+            lr, history = telescope(lr, k, chunk_size=c.chunk_size, coefficient=c.step_coefficient, history=history)
+            if not c.residual_norm:
+                lr = lr * (1 - momentum)
+        if c.damping and c.depth > 2:
+            # The input of a layer between the first and the last has a square norm of about F where the first one's, a key, has 1,
+            # and so has its share of the curvature.
+            shape = (*lr.shape[:-1], c.depth)
+            forget, momentum, lr = forget.expand(shape), momentum.expand(shape), lr.expand(shape)
+            between = lr[..., 1:-1] / self.weights[0].shape[-1]
+            lr = torch.cat((lr[..., :1], between, lr[..., -1:]), -1)
+        return forget, momentum, lr, history
 
     def _resets(self, positions: Tensor, offset: int) -> Tensor:
         """[B, chunks touched]: which chunks start a document."""
@@ -182,8 +196,12 @@ class MemoryLayer(nn.Module):
         return F.pad(starts, (1, 0)) if offset else starts
 
 
-def unit(x: Tensor) -> Tensor:
-    """l2-normalised over the last dimension, in float32 or better. The epsilon stands inside the root: the gradient at a zero vector
-    is finite, where that of x / max(|x|, eps) is not."""
+def unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] l2-normalised in float32 or better, and its presence [..., 1]: near 0 for a vector of no length, else 1.
+
+    The direction of a vector near zero, and all that follows from it, changes without bound as the vector moves. Scaled by
+    the presence, what it reads and writes does not: rows of zeros, as padding has them, are harmless.
+    """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)
+    square = x.square().sum(-1, keepdim=True)
+    return x * torch.rsqrt(square + UNIT_EPS), square / (square + PRESENCE * x.shape[-1])
