@@ -31,6 +31,22 @@ CASES = {
     "linear-telescoped": config("mag", memory=dict(depth=1, residual_norm=False, step="telescoped", max_lr=0.5)),
     "deep-per-layer": config("lmm", memory=dict(depth=3, per_layer_gates=True, forget_to="zero", step="telescoped")),
     "untied-no-persistent": config("mal", persistent_tokens=0, tie_embeddings=False),
+    "hybrid": config(
+        "mag",
+        pattern=["mag", "lmm", {"variant": "transformer", "window": None, "head_dim": 6, "persistent_tokens": 1}],
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        qk_norm=True,
+    ),
+    "hybrid-memories": config(
+        "lmm",
+        kv_heads=1,
+        pattern=[
+            {"variant": "mac", "memory": {"depth": 1, "residual_norm": False, "step": "telescoped"}, "qk_norm": True},
+            {"variant": "mal", "memory": {"chunk_size": 8, "heads": 4}, "window": 3, "ffn_dim": 20},
+        ],
+    ),
 }
 cases = pytest.mark.parametrize("name", CASES)
 
