@@ -64,9 +64,9 @@ class MemoryLayer(nn.Module):
         adds about 2 to the curvature of a token's inner loss, so that steps of theta = 0.1 are small ones. (Entries of
         1 / sqrt(d_in) would make the last layer's 2 * d_in: through the norm, the gradient grows as the inverse of the weights.)
         """
-        for child in self.children():
-            if child is not self.weights:
-                child.init_weights()
+        for name in ("q", "k", "v", "g", "o", "forget", "momentum", "lr"):
+            getattr(self, name + "_proj").init_weights()
+        self.norm.init_weights()
         self._init_own()
 
     def _init_own(self) -> None:

@@ -48,7 +48,8 @@ def test_what_is_derived_follows_the_entry():
     c = ModelConfig(pattern=[entry], ffn_dim=100, **BASE)
     layer = c.layer(0)
     assert (layer.head_dim, layer.kv_heads, layer.ffn_dim) == (8, 8, 192)
-    assert layer.memory.telescope_coefficient == 2.0 and c.memory.telescope_coefficient == 0.8
+    assert layer.memory.telescope_coefficient == MemoryConfig(residual_norm=False).telescope_coefficient
+    assert layer.memory.telescope_coefficient != c.memory.telescope_coefficient
     assert ModelConfig(pattern=[{"heads": 8}], head_dim=32, **BASE).layer(0).head_dim == 32
     assert ModelConfig(pattern=[{"heads": 8, "head_dim": None}], head_dim=32, **BASE).layer(0).head_dim == 8
 
@@ -135,7 +136,7 @@ def test_a_pattern_survives_a_hugging_face_config(tmp_path):
     ("make", "told"),
     [
         (lambda: MemoryConfig(step="telescope"), "model.memory.step = 'telescope': must be plain or telescoped; did you mean telescoped?"),
-        (lambda: MemoryConfig(forget_to="inital"), "model.memory.forget_to = 'inital': must be zero or initial; did you mean initial?"),
+        (lambda: MemoryConfig(forget_to="innitial"), "model.memory.forget_to = 'innitial': must be zero or initial; did you mean initial?"),
         (lambda: MemoryConfig(backend="fast"), "model.memory.backend = 'fast': must be auto or reference or chunked"),
         (lambda: MemoryConfig(residual_norm="no"), "model.memory.residual_norm = 'no': must be true or false"),
         (lambda: MemoryConfig(depth=2.0), "model.memory.depth = 2.0: must be an integer"),
