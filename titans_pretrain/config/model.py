@@ -20,7 +20,7 @@ class MemoryConfig:
     forget_to: Literal["zero", "initial"] = "initial"  # what forgetting decays the weights towards
     damping: float = 0.0  # c of the damped inner gradient, with residual_norm; 0: the plain gradient
     step: Literal["plain", "telescoped"] = "plain"
-    step_coefficient: float | None = None  # g of the telescoped step; null: 0.8 with residual_norm, else 2
+    step_coefficient: float | None = None  # g of the telescoped step; null: 1.2 with residual_norm, else 2
     max_lr: float = 0.1  # theta = max_lr * sigmoid(.)
     max_momentum: float = 0.9  # eta = max_momentum * sigmoid(.)
     per_layer_gates: bool = False  # one gate per memory layer instead of one for all
@@ -36,7 +36,7 @@ class MemoryConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"model.memory.{name} must be 0 or more, got {getattr(self, name)}")
         if self.step_coefficient is None:
-            self.step_coefficient = 0.8 if self.residual_norm else 2.0
+            self.step_coefficient = 1.2 if self.residual_norm else 2.0
         if not 0 <= self.max_momentum <= 1:
             raise ValueError(f"model.memory.max_momentum must lie in [0, 1], got {self.max_momentum}")
         if self.checkpoint_every is not None:

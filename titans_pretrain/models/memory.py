@@ -178,9 +178,10 @@ class MemoryLayer(nn.Module):
         """The gates as the scan takes them, theta telescoped, and the history of a half-read chunk."""
         c = self.config
         if c.step == "telescoped":
-            lr, history = telescope(lr, k, chunk_size=c.chunk_size, coefficient=c.step_coefficient, history=history)
-            if not c.residual_norm:
-                lr = lr * (1 - momentum)
+            lr, history = telescope(
+                lr, momentum, k, chunk_size=c.chunk_size, coefficient=c.step_coefficient,
+                power=2 if c.residual_norm else 1, history=history,
+            )  # fmt: skip
         if c.damping and c.depth > 2:
             # The input of a layer between the first and the last has a square norm of about F where the first one's, a key, has 1,
             # and so has its share of the curvature.
