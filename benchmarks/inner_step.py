@@ -35,10 +35,8 @@ UNDAMPED = {"damping": 0.0, "step": "plain", "max_lr": 0.1}
 
 
 def setting(c: float, g: float | None, max_lr: float, **other) -> dict:
-    if not c and g is None:
-        return {**UNDAMPED, "max_lr": max_lr, **other}
-    step = {"step": "plain"} if g is None else {"step": "telescoped", "step_coefficient": g}
-    return {"damping": c, **step, "max_lr": max_lr, **other}
+    step = {"step": "plain"} if g is None else {"step": "telescoped", "step_coefficient": float(g)}
+    return {"damping": float(c), **step, "max_lr": float(max_lr), **other}
 
 
 CHOSEN = setting(1.0, 1.2, 1.6)
