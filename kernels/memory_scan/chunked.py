@@ -65,7 +65,9 @@ class SpanSums:
 class _Walk:
     """One scan in the layout of the tile functions: walks spans forward, and back from their first states."""
 
-    def __init__(self, tokens, reset, residual_norm, damping, forget_to_initial, half_read, depth, hidden_group, states):
+    def __init__(
+        self, tokens, reset, residual_norm, damping, forget_to_initial, half_read, depth, hidden_group, states
+    ):
         self.tokens, self.residual_norm, self.hidden_group = tokens, residual_norm, hidden_group
         self.dtype = states[0].dtype
         self.eps = damping_eps(damping, states[depth - 1], hidden_group)
@@ -108,7 +110,9 @@ class _Walk:
             if span.opens(tile):
                 anchor = self.open_chunk(span, tile, state)
             t = tile_tables(tables, tile, len(state))
-            gradient = inner_gradient(x.k[:, tile], x.v[:, tile], anchor, self.residual_norm, self.eps, self.hidden_group)
+            gradient = inner_gradient(
+                x.k[:, tile], x.v[:, tile], anchor, self.residual_norm, self.eps, self.hidden_group
+            )
             z[:, tile] = read(x.q[:, tile], t, state, gradient, self.towards)[-1][1]
             write(t, state, gradient, state)
             if sums is not None:
@@ -131,7 +135,9 @@ class _Walk:
                 anchor = self.open_chunk(span, tile, state)
             t = tile_tables(tables, tile, len(state))
             known = None if sums is None else sums.keys[tile]
-            gradient = inner_gradient(x.k[:, tile], x.v[:, tile], anchor, self.residual_norm, self.eps, self.hidden_group, known)
+            gradient = inner_gradient(
+                x.k[:, tile], x.v[:, tile], anchor, self.residual_norm, self.eps, self.hidden_group, known
+            )
             kept.append((t, state, anchor, gradient))
             if tile < span.tiles - 1:
                 if tile == len(self.buffers):
@@ -216,7 +222,10 @@ class _Scan(torch.autograd.Function):
         hidden_group,
         *states,
     ):
-        tokens, config = (q, k, v, forget, momentum, lr), (residual_norm, damping, to_initial, half_read, depth, hidden_group)
+        tokens, config = (
+            (q, k, v, forget, momentum, lr),
+            (residual_norm, damping, to_initial, half_read, depth, hidden_group),
+        )
         walk = _Walk(tokens, reset, *config, states)
         y = torch.empty_like(q, memory_format=torch.contiguous_format)
         state, anchor, saved = walk.state, walk.anchor, []

@@ -52,6 +52,7 @@ def scan(
         return (memory(weights, key, residual_norm) - value).square().sum()
 
     over_heads = lambda f: vmap(vmap(f))  # noqa: E731  batch, then heads
+
     def damped(weights, key, value):
         u = grad(loss)(weights, key, value)
         if not (residual_norm and damping):
