@@ -36,6 +36,6 @@ def initialize_part(part: Any, name: str, seed: int) -> None:
 
 def init_children(module: nn.Module) -> None:
     """Calls init_weights() of each module directly inside; who holds bare parameters adds them."""
-    child: Any
-    for child in module.children():
+    children: Any = module.children()
+    for child in children:
         child.init_weights()
