@@ -66,26 +66,30 @@ class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, limit):
         ctx.save_for_backward(x, weight, limit)
-        taps = weight.t().to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+        taps = _taps(x, weight)
         last = len(taps) - 1
         y = x[:, last:] * taps[last]
         for i in range(last):
             y.addcmul_(_masked(x[:, i : i + y.shape[1]], limit, last - i), taps[i])
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
         x, weight, limit = ctx.saved_tensors
-        taps = weight.t().to(x.dtype, copy=True, memory_format=torch.contiguous_format)
-        grad_x = torch.zeros_like(x)
-        grad_taps = torch.empty_like(taps, dtype=torch.promote_types(x.dtype, torch.float32))
+        taps = _taps(x, weight)
+        grad_x, grad_taps = torch.zeros_like(x, dtype=taps.dtype), torch.empty_like(taps)
         tokens = grad_y.shape[1]
         for i in range(len(taps)):
             grad = _masked(grad_y, limit, len(taps) - 1 - i)
             grad_x[:, i : i + tokens].addcmul_(grad, taps[i])
             grad_taps[i] = (grad * x[:, i : i + tokens]).sum((0, 1), dtype=grad_taps.dtype)
-        return grad_x, grad_taps.t().to(weight.dtype), None
+        return grad_x.to(x.dtype), grad_taps.t().to(weight.dtype), None
+
+
+def _taps(x: Tensor, weight: Tensor) -> Tensor:
+    """weight [C, K] as rows [K, C], in the dtype that sums run in: float32 or better."""
+    return weight.t().to(torch.promote_types(x.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
 
 
 def _masked(x: Tensor, limit: Tensor | None, distance: int) -> Tensor:
