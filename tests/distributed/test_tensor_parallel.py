@@ -15,6 +15,7 @@ from titans_pretrain.kernels.cross_entropy import linear_cross_entropy
 from titans_pretrain.models import build_model
 from titans_pretrain.parallel.megatron import load_megatron
 from titans_pretrain.parallel.mesh import leave_mesh
+from titans_pretrain.parallel.splits import vocabulary_split
 from titans_pretrain.parallel.tensor import check_tensor_parallel, shard_tensors
 
 ROWS, TOKENS, VOCAB, DIM = 2, 64, 48, 32
@@ -335,11 +336,11 @@ def sharded_loss(chunk: int, ignore_index: int, labels: torch.Tensor) -> list[to
     rows = weight.shape[0] // dist.get_world_size()
     weight = weight[rows * dist.get_rank() :][:rows].detach().requires_grad_()
     loss, count = linear_cross_entropy(
-        hidden, weight, labels, ignore_index=ignore_index, chunk_tokens=chunk, group=dist.group.WORLD
+        hidden, weight, labels, ignore_index=ignore_index, chunk_tokens=chunk, vocabulary_split=vocabulary_split(dist.group.WORLD)
     )
     (loss * 0.3).backward()
     with torch.no_grad():
-        again, _ = linear_cross_entropy(hidden, weight, labels, ignore_index=ignore_index, group=dist.group.WORLD)
+        again, _ = linear_cross_entropy(hidden, weight, labels, ignore_index=ignore_index, vocabulary_split=vocabulary_split(dist.group.WORLD))
     dist.all_reduce(hidden.grad)
     return [loss.detach(), again, count, hidden.grad, torch.cat(gathered(weight.grad))]
 
@@ -368,7 +369,7 @@ def refused_calls() -> list[str]:
     messages = []
     for call in (
         lambda: model(data["tokens"][:, :63]),
-        lambda: linear_cross_entropy(hidden, weight[:10], torch.full((37,), 20), group=dist.group.WORLD),
+        lambda: linear_cross_entropy(hidden, weight[:10], torch.full((37,), 20), vocabulary_split=vocabulary_split(dist.group.WORLD)),
         lambda: shard(case("lmm", memory={"heads": 1})),
     ):
         with pytest.raises(ValueError) as refused:

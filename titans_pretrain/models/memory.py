@@ -20,7 +20,7 @@ class MemoryLayer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.hidden_group = None  # ranks that each hold a part of the hidden size; set from outside (memory_scan)
+        self.hidden_split = None  # how ranks meet that each hold a part of the hidden size; set from outside (memory_scan)
         self.config = memory = config.memory
         self.heads = memory.heads
         dim, size = config.dim, config.dim // memory.heads
@@ -92,7 +92,7 @@ class MemoryLayer(nn.Module):
         forget, momentum, lr, history = self._steps(forget, momentum, lr * said, k, state.history)
         options = dict(
             chunk_size=c.chunk_size, residual_norm=c.residual_norm, damping=c.damping, forget_to=c.forget_to, initial_state=start.memory,
-            hidden_group=self.hidden_group,
+            hidden_split=self.hidden_split,
         )  # fmt: skip
         reset = None if positions is None else self._resets(positions, state.memory.offset)
         if x.shape[1] == 1 and reset is None and not torch.is_grad_enabled():
@@ -128,7 +128,7 @@ class MemoryLayer(nn.Module):
         """M(q) at given weights, normalised per head. q [B, n, H, D] -> [B, n, dim]."""
         q, asked = unit(q)
         state = MemoryState(weights, weights)  # the surprise is not read
-        y = memory_read(q, state, residual_norm=self.config.residual_norm, hidden_group=self.hidden_group)
+        y = memory_read(q, state, residual_norm=self.config.residual_norm, hidden_split=self.hidden_split)
         return (self.norm(y) * asked).flatten(-2)
 
     def _scan_persistent(self, x: Tensor, start: InitialMemory) -> tuple[Tensor, InitialMemory]:
@@ -139,7 +139,7 @@ class MemoryLayer(nn.Module):
         y, memory = memory_scan(
             q, k, v, forget, momentum, lr, start.memory, chunk_size=c.chunk_size, residual_norm=c.residual_norm,
             damping=c.damping, forget_to=c.forget_to, initial_state=start.memory, checkpoint_every=c.checkpoint_every, backend=c.backend,
-            hidden_group=self.hidden_group,
+            hidden_split=self.hidden_split,
         )  # fmt: skip
         return y, InitialMemory(memory.opened(), conv)
 

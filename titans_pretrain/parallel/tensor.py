@@ -34,6 +34,7 @@ from titans_pretrain.config.model import ModelConfig
 from titans_pretrain.kernels.cross_entropy import linear_cross_entropy
 from titans_pretrain.models.causal_lm import TitansForCausalLM
 from titans_pretrain.parallel.megatron import load_megatron
+from titans_pretrain.parallel.splits import vocabulary_split
 
 
 def check_tensor_parallel(c: ModelConfig, tp: int, sequence_parallel: bool, memory_split: str) -> None:
@@ -102,5 +103,5 @@ def shard_tensors(
     enter_after(model.norm, sequence_parallel)
     if model.lm_head is not None:
         model.lm_head = ColumnLinear(model.lm_head)
-    model.cross_entropy = partial(linear_cross_entropy, group=group)
+    model.cross_entropy = partial(linear_cross_entropy, vocabulary_split=vocabulary_split(group))
     model.register_forward_hook(gather_logits)
