@@ -4,10 +4,12 @@ Rounding one result to bfloat16 costs 1.7e-3. Each bound lies between that, or w
 the same code gives with a sum in bfloat16 (measured, in the comments).
 """
 
+import pytest
 import torch
 
 from titans_pretrain.kernels.attention import segment_attention, sliding_window_attention
 from titans_pretrain.kernels.cross_entropy import linear_cross_entropy
+from titans_pretrain.kernels.memory_scan import MemoryState, memory_read, memory_scan, memory_step, telescope
 from titans_pretrain.kernels.short_conv import causal_conv
 
 TOKENS = 4096
@@ -75,3 +77,32 @@ def test_cross_entropy_sums_its_losses_and_gradients():
     labels = torch.randint(64, (TOKENS,), generator=torch.Generator().manual_seed(0))
     found = errors(lambda h, w: linear_cross_entropy(h, w, labels, chunk_tokens=64)[0], (hidden, weight))
     assert found[0] < 1e-4 and found[1] < 5e-3 and found[2] < 2.6e-3, found
+
+
+@pytest.mark.parametrize("call", ["scan", "reference", "step", "read", "telescope"])
+def test_autocast_does_not_reach_the_memory(call):
+    """Its state is float32 and so is all that touches it: to the bit what it is without autocast."""
+    g = torch.Generator().manual_seed(0)
+    tokens = 1 if call == "step" else 9
+    q, k, v = torch.randn(3, 2, tokens, 2, 8, generator=g)
+    forget, momentum, lr = 0.1 * torch.rand(3, 2, tokens, 2, 1, generator=g)
+    state = MemoryState.initial((torch.randn(2, 8, 12, generator=g), torch.randn(2, 12, 8, generator=g)), 2)
+    options = dict(chunk_size=4, residual_norm=True, damping=1.0)
+
+    def run():
+        if call == "read":
+            return [memory_read(q, state, residual_norm=True)]
+        if call == "telescope":
+            return [telescope(lr, k, chunk_size=4, coefficient=0.8)[0]]
+        if call == "step":
+            y, new = memory_step(q, k, v, forget, momentum, lr, state, **options)
+        else:
+            backend = "auto" if call == "scan" else call
+            y, new = memory_scan(q, k, v, forget, momentum, lr, state, backend=backend, **options)
+        return [y, *new.weights, *new.surprise]
+
+    exact = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run()
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)

@@ -80,6 +80,22 @@ def test_gates_at_the_start(calls):
     assert lr.max() <= m.max_lr / 2 and lr.max() > 0.99 * m.max_lr / 2
 
 
+def test_gates_under_autocast_add_their_biases_in_float32(calls):
+    """A bfloat16 sum with -6 would leave 2,048 alphas on a hundred values or so."""
+    torch.manual_seed(0)
+    config = ModelConfig("lmm", dim=64, layers=1, heads=2, vocab_size=31, persistent_tokens=0)
+    layer = build_model(config).layers[0].memory
+    x = torch.randn(1, 2048, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+        product = torch.nn.functional.linear(x, layer.forget_proj.weight)
+    (_, _, _, forget, momentum, lr, _), _ = calls[0]
+    assert forget.dtype == momentum.dtype == lr.dtype == torch.float32
+    assert forget.unique().numel() > 1000
+    exact = torch.sigmoid(product.double() - 6)[..., None]
+    assert_close(forget.double(), exact, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("step", ["plain", "telescoped"])
 def test_padding_is_inert(calls, step):
     """Every gate is exactly zero there, and the memory after it is the memory before it."""
