@@ -1,4 +1,4 @@
-"""A Titans language model: embeddings, blocks of one variant, norm and head."""
+"""A Titans language model: embeddings, blocks, norm and head."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,13 @@ from torch.utils.checkpoint import checkpoint
 
 from titans_pretrain.config.model import ModelConfig
 from titans_pretrain.kernels.cross_entropy import linear_cross_entropy
-from titans_pretrain.models.blocks import LmmBlock, MagBlock, MalBlock, TransformerBlock
-from titans_pretrain.models.mac import MacBlock
+from titans_pretrain.models.initialize import initialize
+from titans_pretrain.models.linear import Embedding, Projection
 from titans_pretrain.models.norm import RMSNorm
-from titans_pretrain.models.rotary import rotation
-from titans_pretrain.models.state import ModelState, positions_after
+from titans_pretrain.models.rotary import rotations
+from titans_pretrain.models.state import LayerState, ModelState, positions_after
+from titans_pretrain.models.variants import build_block
 
-BLOCKS = {"lmm": LmmBlock, "mac": MacBlock, "mag": MagBlock, "mal": MalBlock, "transformer": TransformerBlock}
 RECOMPUTE = ("none", "block")
 
 
@@ -23,27 +23,26 @@ class CausalLMOutput:
     state: ModelState
     logits: Tensor | None = None  # [B, T, vocab_size], without labels
     loss: Tensor | None = None  # scalar, with labels
+    hidden_states: tuple[Tensor, ...] | None = (
+        None  # if asked for: of the embedding and each layer, the last one normalised
+    )
 
 
 class TitansForCausalLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(BLOCKS[config.variant](config) for _ in range(config.layers))
+        self.embed_tokens = Embedding(config.vocab_size, config.dim, config.init_std)
+        self.layers = nn.ModuleList(build_block(layer) for layer in config.layer_configs)
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_embeddings else Projection(config.dim, config.vocab_size, config.init_std)
         self.recompute = "none"
         self.cross_entropy = linear_cross_entropy  # replaced where the vocabulary is sharded
-        self._init_weights()
 
-    def _init_weights(self) -> None:
-        """Projections N(0, init_std), those that write to the residual stream smaller by sqrt(2 * layers), as in GPT-2."""
-        std = self.config.init_std
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                last = name.endswith(("o_proj", "down_proj"))
-                nn.init.normal_(module.weight, std=std / (2 * self.config.layers) ** 0.5 if last else std)
+    def init_weights(self) -> None:
+        """Every parameter anew, from one draw of torch's global random state: projections N(0, init_std), those that write to the
+        residual stream smaller by sqrt(2 * layers), as in GPT-2."""
+        initialize(self, int(torch.randint(2**63 - 1, (), device="cpu")))
 
     def set_recompute(self, mode: str) -> None:
         """ "block": drop each block's activations and recompute them in the backward pass; "none": keep them."""
@@ -58,6 +57,7 @@ class TitansForCausalLM(nn.Module):
         state: ModelState | None = None,
         positions: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> CausalLMOutput:
         """Read T tokens.
 
@@ -74,9 +74,9 @@ class TitansForCausalLM(nn.Module):
         absolute = positions
         if absolute is None:
             absolute = position[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        c = self.config
-        by = rotation(absolute, c.rotary_dim, c.rope_theta, torch.promote_types(x.dtype, torch.float32))
-        states = []
+        dims = (block.config.rotary_dim for block in self.layers if block.config.has_attention)
+        by = rotations(absolute, dims, self.config.rope_theta, torch.promote_types(x.dtype, torch.float32))
+        states, seen = [], [x]
         for i, layer in enumerate(self.layers):
             arguments = (x, None if state is None else state.layers[i], by, positions)
             if self.recompute == "block" and torch.is_grad_enabled():
@@ -84,15 +84,18 @@ class TitansForCausalLM(nn.Module):
             else:
                 x, new = layer(*arguments)
             states.append(new)
+            if output_hidden_states:
+                seen.append(x)
         after = ModelState(tuple(states), positions_after(positions, position, tokens.shape[1]))
         hidden = self.norm(x)
+        hidden_states = (*seen[:-1], hidden) if output_hidden_states else None
         head = (self.lm_head or self.embed_tokens).weight
         if labels is None:
-            return CausalLMOutput(after, logits=nn.functional.linear(hidden, head))
+            return CausalLMOutput(after, logits=nn.functional.linear(hidden, head), hidden_states=hidden_states)
         total, count = self.cross_entropy(hidden.flatten(0, 1), head, labels.flatten())
         if num_items_in_batch is None:
             num_items_in_batch = count.clamp(min=1)
-        return CausalLMOutput(after, loss=total / num_items_in_batch)
+        return CausalLMOutput(after, loss=total / num_items_in_batch, hidden_states=hidden_states)
 
     def _check(self, tokens: Tensor, labels: Tensor | None, state: ModelState | None, positions: Tensor | None) -> None:
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
@@ -115,19 +118,23 @@ class TitansForCausalLM(nn.Module):
             self._check_starts(positions, state)
 
     def _check_starts(self, positions: Tensor, state: ModelState | None) -> None:
-        multiple = self.config.document_multiple
-        if multiple == 1:
-            return
         columns = torch.arange(positions.shape[1])
-        if state is None:
-            offset = 0
-        else:
-            first = state.layers[0]
-            offset = first.memory.memory.offset if first.segment is None else first.segment.keys[0].shape[1]
-        if (positions[:, (columns + offset) % multiple != 0] == 0).any():
-            raise ValueError(f"a document starts off the grid: pad documents to a multiple of {multiple} tokens")
+        states = [LayerState()] * len(self.layers) if state is None else state.layers
+        for block, layer in zip(self.layers, states, strict=True):
+            if layer.segment is not None:
+                offset = layer.segment.kv[0].shape[1]
+            else:
+                offset = 0 if layer.memory is None else layer.memory.memory.offset
+            if (positions[:, (columns + offset) % block.config.document_multiple != 0] == 0).any():
+                multiple = self.config.document_multiple
+                raise ValueError(f"a document starts off the grid: pad documents to a multiple of {multiple} tokens")
 
 
 def build_model(config: ModelConfig) -> TitansForCausalLM:
-    """The model of a configuration, freshly initialised from torch's global random state."""
-    return TitansForCausalLM(config)
+    """The model of a configuration, freshly initialised from torch's global random state; on the meta device, without values."""
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        model = TitansForCausalLM(config)
+    if device.type != "meta":
+        model.to_empty(device=device).init_weights()
+    return model

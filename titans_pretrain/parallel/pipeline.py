@@ -1,6 +1,5 @@
 """Pipeline parallelism: which layers a stage holds, and the schedule that drives the stages (torch.distributed.pipelining)."""
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from titans_pretrain.config import Config
 from titans_pretrain.config.model import ModelConfig
+from titans_pretrain.models.costs import head_cost, layer_cost
 from titans_pretrain.parallel.mesh import Mesh
 
 
@@ -41,24 +41,9 @@ def cut_layers(costs: Sequence[float], first: float, last: float, stages: int) -
     return cuts[::-1]
 
 
-def layer_cost(c: ModelConfig) -> float:
-    """Multiply-adds of one block per token, forward."""
-    total = 3 * c.dim * c.ffn_dim
-    if c.has_attention:
-        seen = c.mac.segment if c.variant == "mac" else (c.window or 4096)
-        total += 4 * c.dim**2 + 2 * c.dim * seen
-    if c.has_memory:
-        size = c.dim // c.memory.heads
-        hidden = int(c.memory.expansion * size)
-        widths = [size, *[hidden] * (c.memory.depth - 1), size]
-        weights = c.memory.heads * sum(a * b for a, b in itertools.pairwise(widths))
-        total += 5 * c.dim**2 + 7 * weights  # keys, their gradient, reads of W and S, writes to both
-    return total
-
-
 def stage_layers(c: ModelConfig, stages: int) -> list[range]:
     """The layers of each stage, balanced by cost; the head's counts, an embedding's lookup is free."""
-    return cut_layers([layer_cost(c)] * c.layers, 0.0, c.vocab_size * c.dim, stages)
+    return cut_layers([layer_cost(layer) for layer in c.layer_configs], 0.0, head_cost(c), stages)
 
 
 class Pipeline:

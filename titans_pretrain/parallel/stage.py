@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_pretrain.models.causal_lm import TitansForCausalLM
-from titans_pretrain.models.rotary import Rotation, rotation
+from titans_pretrain.models.rotary import Rotations, rotations
 
 
 class Stage(nn.Module):
@@ -48,9 +48,9 @@ class Stage(nn.Module):
         total, _ = self.cross_entropy(hidden.flatten(0, 1), head, labels.flatten())
         return total.view(1)
 
-    def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        c = self.config
-        return rotation(positions, c.rotary_dim, c.rope_theta, torch.promote_types(dtype, torch.float32))
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotations:
+        dims = (block.config.rotary_dim for block in self.layers.values() if block.config.has_attention)
+        return rotations(positions, dims, self.config.rope_theta, torch.promote_types(dtype, torch.float32))
 
     def forward(self, x: Tensor, *, positions: Tensor, labels: Tensor) -> Tensor:
         if self.first:

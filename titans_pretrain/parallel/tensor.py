@@ -46,33 +46,36 @@ def check_tensor_parallel(c: ModelConfig, tp: int, sequence_parallel: bool, memo
             )
         return
     hidden = c.has_memory and memory_split == "hidden"
-    if hidden and c.memory.depth != 2:
+    layers = c.layer_configs
+    memories = [layer.memory for layer in layers if layer.has_memory]
+    depths = {m.depth for m in memories} - {2}
+    if hidden and depths:
         raise ValueError(
-            f"parallel.memory_split=hidden needs model.memory.depth=2, got {c.memory.depth}: use parallel.memory_split=heads"
+            f"parallel.memory_split=hidden needs model.memory.depth=2, got {min(depths)}: use parallel.memory_split=heads"
         )
     if hidden and c.memory.backend == "reference":
         raise ValueError(
             "parallel.memory_split=hidden cannot run model.memory.backend=reference: use auto or chunked, or "
             "parallel.memory_split=heads"
         )
-    sizes = {"model.vocab_size": c.vocab_size, "model.ffn_dim": c.ffn_dim}
-    if c.has_attention:
-        sizes["model.heads"] = c.heads
-    if hidden:
-        sizes["the hidden size of a memory, model.memory.expansion * model.dim / model.memory.heads"] = int(
-            c.memory.expansion * (c.dim // c.memory.heads)
-        )
-    elif c.has_memory:
-        sizes["model.memory.heads"] = c.memory.heads
-    common = gcd(*sizes.values())
+    sizes = [("model.vocab_size", c.vocab_size), *(("model.ffn_dim", layer.ffn_dim) for layer in layers)]
+    for layer in layers:
+        if layer.has_attention:
+            sizes += [("model.heads", layer.heads), ("model.kv_heads", layer.kv_heads)]
+    inner = "the hidden size of a memory, model.memory.expansion * model.dim / model.memory.heads"
+    sizes += [
+        (inner, int(m.expansion * (c.dim // m.heads))) if hidden else ("model.memory.heads", m.heads) for m in memories
+    ]
+    sizes = list(dict.fromkeys(sizes))
+    common = gcd(*(size for _, size in sizes))
     legal = [str(n) for n in range(1, common + 1) if common % n == 0]
-    for name, size in sizes.items():
+    for name, size in sizes:
         if size % tp == 0:
             continue
         ways = [f"parallel.tp={' or '.join(legal)}"]
         if name in ("model.vocab_size", "model.ffn_dim"):
             ways.append(f"{name}={-(-size // tp) * tp}")
-        if name == "model.memory.heads" and c.memory.depth == 2:
+        if name == "model.memory.heads" and not depths:
             ways.append("parallel.memory_split=hidden")
         raise ValueError(f"{name}={size} does not divide over parallel.tp={tp}: use {', or '.join(ways)}")
 
