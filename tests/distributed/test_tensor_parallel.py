@@ -336,11 +336,18 @@ def sharded_loss(chunk: int, ignore_index: int, labels: torch.Tensor) -> list[to
     rows = weight.shape[0] // dist.get_world_size()
     weight = weight[rows * dist.get_rank() :][:rows].detach().requires_grad_()
     loss, count = linear_cross_entropy(
-        hidden, weight, labels, ignore_index=ignore_index, chunk_tokens=chunk, vocabulary_split=vocabulary_split(dist.group.WORLD)
+        hidden,
+        weight,
+        labels,
+        ignore_index=ignore_index,
+        chunk_tokens=chunk,
+        vocabulary_split=vocabulary_split(dist.group.WORLD),
     )
     (loss * 0.3).backward()
     with torch.no_grad():
-        again, _ = linear_cross_entropy(hidden, weight, labels, ignore_index=ignore_index, vocabulary_split=vocabulary_split(dist.group.WORLD))
+        again, _ = linear_cross_entropy(
+            hidden, weight, labels, ignore_index=ignore_index, vocabulary_split=vocabulary_split(dist.group.WORLD)
+        )
     dist.all_reduce(hidden.grad)
     return [loss.detach(), again, count, hidden.grad, torch.cat(gathered(weight.grad))]
 
@@ -369,7 +376,9 @@ def refused_calls() -> list[str]:
     messages = []
     for call in (
         lambda: model(data["tokens"][:, :63]),
-        lambda: linear_cross_entropy(hidden, weight[:10], torch.full((37,), 20), vocabulary_split=vocabulary_split(dist.group.WORLD)),
+        lambda: linear_cross_entropy(
+            hidden, weight[:10], torch.full((37,), 20), vocabulary_split=vocabulary_split(dist.group.WORLD)
+        ),
         lambda: shard(case("lmm", memory={"heads": 1})),
     ):
         with pytest.raises(ValueError) as refused:

@@ -29,9 +29,7 @@ def test_split_invariance():
     whole, last = telescope(lr, k, chunk_size=4)
     parts, history = [], None
     for start, stop in ((0, 1), (1, 3), (3, 10), (10, 13)):
-        part, history = telescope(
-            lr[:, start:stop], k[:, start:stop], chunk_size=4, history=history
-        )
+        part, history = telescope(lr[:, start:stop], k[:, start:stop], chunk_size=4, history=history)
         parts.append(part)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=0)
     assert torch.equal(history.keys, last.keys) and history.keys.shape[1] == 1
