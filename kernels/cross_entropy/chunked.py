@@ -59,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:  # 1 / tokens in half precision would scale all of it by up to a half percent too much
+        if grad_hidden is not None:  # scaled in full: 1 / tokens in bfloat16 is off by up to 0.4 %, for all of it alike
             grad_hidden = (grad_hidden.to(grad_loss.dtype) * grad_loss).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)

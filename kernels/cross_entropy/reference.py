@@ -6,9 +6,7 @@ from torch import Tensor
 from titans_pretrain.kernels.cross_entropy.vocabulary_split import VocabularySplit
 
 
-def loss_sum(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int, dtype: torch.dtype, **_
-) -> Tensor:
+def loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int, dtype: torch.dtype, **_) -> Tensor:
     """See linear_cross_entropy; arguments are validated there. dtype: of the logits."""
     logits = hidden.to(dtype) @ weight.to(dtype).mT
     logits = logits.to(torch.promote_types(dtype, torch.float32))

@@ -100,6 +100,6 @@ def _check_range(name: str, gate: Tensor, high: float) -> None:
     if not values_at_hand(gate):
         return
     least, most = (x.item() for x in torch.aminmax(gate.detach()))
-    if not (0 <= least and most <= high and most < math.inf):
+    if not (least >= 0 and most <= high and most < math.inf):
         legal = "0 or more and finite" if high == math.inf else f"in [0, {high:g}]"
         raise ValueError(f"{name} must be {legal}, got values from {least:g} to {most:g}")

@@ -18,7 +18,7 @@ MAX_SHRINK = 0.999
 
 @dataclass(frozen=True)
 class StepHistory:
-    """Keys [B, n, H, D] and plain steps [B, n, H, G] of the n tokens of a half-read chunk."""
+    """Keys [B, n, H, D] and plain steps [B, n, H, gates] of the n tokens of a half-read chunk."""
 
     keys: Tensor
     steps: Tensor
@@ -29,11 +29,14 @@ def telescope(
 ) -> tuple[Tensor, StepHistory | None]:
     """Telescoped theta for T tokens.
 
-    lr [B, T, H, G] (G gates: 1 or the memory's depth), k [B, T, H, D] l2-normalised; coefficient: g; history: the tokens of the
-    chunk that an earlier call left half read. Returns lr' [B, T, H, G] and the history for the next call (None at a chunk's start).
+    lr [B, T, H, gates] (1 or the memory's depth), k [B, T, H, D] l2-normalised; coefficient: g; history: the tokens of the chunk
+    that an earlier call left half read. Returns lr' [B, T, H, gates], in float32 under autocast too, and the history for the next
+    call (None at a chunk's start).
     """
     if lr.ndim != 4 or k.ndim != 4 or lr.shape[:3] != k.shape[:3]:
-        raise ValueError(f"telescope needs lr [B, T, H, G] and k [B, T, H, D], got {tuple(lr.shape)} and {tuple(k.shape)}")
+        raise ValueError(
+            f"lr is {tuple(lr.shape)} and k {tuple(k.shape)}; they must be [B, T, H, gates] and [B, T, H, D]"
+        )
     if coefficient < 0:
         raise ValueError(f"the coefficient of telescope must be 0 or more, got {coefficient}")
     lead = 0
@@ -54,13 +57,13 @@ def telescope(
 
 
 def _telescope_chunks(lr: Tensor, k: Tensor, size: int, coefficient: float) -> Tensor:
-    """lr [B, n*size, H, G], k [B, n*size, H, D] -> lr', chunks of `size` on their own."""
+    """lr [B, n * size, H, gates], k [B, n * size, H, D] -> lr', chunks of `size` on their own."""
     with torch.autocast(lr.device.type, enabled=False):  # as the scan does
         return _telescoped(lr, k, size, coefficient)
 
 
 def _telescoped(lr: Tensor, k: Tensor, size: int, coefficient: float) -> Tensor:
-    steps = lr.unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2)  # [B, n, H, G, size]
+    steps = lr.unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2)  # [B, n, H, gates, size]
     keys = k.unflatten(1, (-1, size)).transpose(2, 3).to(lr.dtype)  # [B, n, H, size, D]
     overlap = coefficient * (keys @ keys.mT).abs().unsqueeze(3)  # [B, n, H, 1, t, j]
     earlier = torch.ones(size, size, dtype=torch.bool, device=lr.device).tril(-1)

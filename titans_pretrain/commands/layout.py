@@ -1,7 +1,6 @@
 """What a layout gives each process: stages, segments, the traffic of the ring, and bytes of memory."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,8 +9,8 @@ import torch.distributed as dist
 
 from titans_pretrain.config import Config
 from titans_pretrain.config.model import LayerConfig
+from titans_pretrain.kernels.memory_scan.chunked.spans import spans_of
 from titans_pretrain.models import TitansForCausalLM, build_model
-from titans_pretrain.models.memory import PIECE
 from titans_pretrain.models.state import tensors
 from titans_pretrain.parallel.apply import needs_segments
 from titans_pretrain.parallel.mesh import check_layout
@@ -185,10 +184,9 @@ def _block_bytes(layout: Layout, layer: int, tokens: int) -> float:
     total = tokens * kept
     if c.has_memory:
         weights = sum(w.numel() for w in layout.model.layers[layer].memory.weights)
-        length = min(tokens // train.micro_batch, PIECE)  # of one scan
-        chunks = math.ceil(length / c.memory.chunk_size)
-        saved = chunks / (c.memory.checkpoint_every or math.ceil(math.sqrt(chunks)))
-        total += tokens / length * saved * 2 * weights * 4
+        # The scan saves the state that enters each span but the first.
+        spans = spans_of(tokens // train.micro_batch, c.memory.chunk_size, 0, c.memory.checkpoint_every)
+        total += train.micro_batch * (len(spans) - 1) * 2 * weights * 4
     return total
 
 

@@ -70,7 +70,8 @@ def _scale_backward(d: Tensor, x: Tensor, coefficients: Tensor, d_coefficients: 
 
 def _carry_backward(d: Tensor, state: Tensor, coefficients: Tensor, d_coefficients: Tensor) -> None:
     """Adjoint of the carry: turns d, the gradient of the state after the tile, into that of the state before it."""
-    pairs = d.unflatten(1, (2, -1)).flatten(2) @ state.unflatten(1, (2, -1)).flatten(2).mT  # [BH, slot of d, slot of state]
+    d_slots, slots = (x.unflatten(1, (2, -1)).flatten(2) for x in (d, state))  # [BH, 2, d_in * d_out]
+    pairs = d_slots @ slots.mT
     d_coefficients[:, :2] += pairs[:, 0]
     d_coefficients[:, 2] += pairs[:, 1, 1]
     beta, f, m = coefficients[..., None, None].unbind(1)

@@ -101,7 +101,9 @@ class Walk:
         tables = [self.functions.tables(*(g.mT.contiguous() for g in group)) for group in groups]
         return SpanTokens(q.contiguous(), k.contiguous(), v.contiguous(), tables)
 
-    def forward(self, span: Span, state: Matrices, anchor: Matrices | None, y: Tensor) -> tuple[Matrices, SpanSums | None]:
+    def forward(
+        self, span: Span, state: Matrices, anchor: Matrices | None, y: Tensor
+    ) -> tuple[Matrices, SpanSums | None]:
         """Moves `state` over the span in place and fills y [B, T, H, D]; returns the anchor, and what the ranks summed."""
         x = self.cut(span)
         z = torch.empty_like(x.q)
