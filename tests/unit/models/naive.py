@@ -6,6 +6,8 @@ every inner gradient by automatic differentiation of the inner loss. Vectors are
 """
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -17,9 +19,20 @@ def naive_logits(p: dict[str, Tensor], config: ModelConfig, tokens: list[int]) -
     """Logits [T, vocab] of one document. p: the model's parameters by name, float64."""
     xs = [p["embed_tokens.weight"][token] for token in tokens]
     for i in range(config.layers):
-        xs = block(under(p, f"layers.{i}."), config, xs)
+        xs = block(under(p, f"layers.{i}."), layer_settings(config, i), xs)
     head = p["embed_tokens.weight"] if config.tie_embeddings else p["lm_head.weight"]
     return torch.stack([head @ rms_norm(x, p["norm.weight"], config.norm_eps) for x in xs])
+
+
+def layer_settings(config: ModelConfig, i: int) -> SimpleNamespace:
+    """What layer i goes by: the model's settings, but for those of its entry in the pattern, which is repeated."""
+    c = SimpleNamespace(**vars(config))
+    entry = config.variant if config.pattern is None else config.pattern[i % len(config.pattern)]
+    for key, value in ({"variant": entry} if isinstance(entry, str) else entry).items():
+        setattr(c, key, replace(getattr(c, key), **value) if key in ("memory", "mac") else value)
+    c.head_dim = c.head_dim or c.dim // c.heads
+    c.kv_heads = c.kv_heads or c.heads
+    return c
 
 
 def naive_loss(logits: Tensor, labels: list[int]) -> Tensor:
@@ -50,7 +63,7 @@ def gelu(x: Tensor) -> Tensor:
 # Blocks
 
 
-def block(p: dict[str, Tensor], c: ModelConfig, xs: list[Tensor]) -> list[Tensor]:
+def block(p: dict[str, Tensor], c: SimpleNamespace, xs: list[Tensor]) -> list[Tensor]:
     def norm(name: str, ys: list[Tensor]) -> list[Tensor]:
         return [rms_norm(y, p[f"{name}.weight"], c.norm_eps) for y in ys]
 
@@ -76,7 +89,7 @@ def swiglu(p: dict[str, Tensor], x: Tensor) -> Tensor:
     return p["down_proj.weight"] @ (silu(p["gate_proj.weight"] @ x) * (p["up_proj.weight"] @ x))
 
 
-def gate(p: dict[str, Tensor], c: ModelConfig, ys: list[Tensor], ms: list[Tensor]) -> list[Tensor]:
+def gate(p: dict[str, Tensor], c: SimpleNamespace, ys: list[Tensor], ms: list[Tensor]) -> list[Tensor]:
     """Attention's y let through by the memory's m (eq. 25, 28)."""
     return [
         rms_norm(y, p["gate.y_norm.weight"], c.norm_eps) * sigmoid(rms_norm(m, p["gate.m_norm.weight"], c.norm_eps))
@@ -88,16 +101,19 @@ def gate(p: dict[str, Tensor], c: ModelConfig, ys: list[Tensor], ms: list[Tensor
 
 
 class Attention:
-    """Keys and values of one head layer as they come; heads are cut from the projections in order."""
+    """Queries, keys and values of a layer's heads, cut from the projections in order."""
 
-    def __init__(self, p: dict[str, Tensor], c: ModelConfig):
+    def __init__(self, p: dict[str, Tensor], c: SimpleNamespace):
         self.p, self.c = p, c
-        self.size = c.dim // c.heads
+        self.size = c.head_dim
         self.rotary = int(self.size * c.rotary_percent) // 2 * 2
 
     def heads(self, name: str, x: Tensor) -> list[Tensor]:
         y = self.p[f"{name}_proj.weight"] @ x
-        return [y[h * self.size : (h + 1) * self.size] for h in range(self.c.heads)]
+        heads = [y[i : i + self.size] for i in range(0, len(y), self.size)]
+        if self.c.qk_norm and name != "v":
+            heads = [rms_norm(head, self.p[f"{name}_norm.weight"], self.c.norm_eps) for head in heads]
+        return heads
 
     def query(self, x: Tensor, position: int) -> list[Tensor]:
         return [self.turned(q, position) for q in self.heads("q", x)]
@@ -124,15 +140,16 @@ class Attention:
         return torch.stack(out)
 
     def output(self, query: list[Tensor], seen: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
-        """seen: the keys and values of what this query sees, per token and head."""
+        """seen: the keys and values of what this query sees, per token and head of keys; several heads of queries share one."""
         parts = []
         for h, q in enumerate(query):
-            weights = torch.stack([(q * token[h][0]).sum() for token in seen]).div(math.sqrt(self.size)).exp()
-            parts.append(sum(w * token[h][1] for w, token in zip(weights / weights.sum(), seen, strict=True)))
+            kv = [token[h * self.c.kv_heads // self.c.heads] for token in seen]
+            weights = torch.stack([(q * k).sum() for k, _ in kv]).div(math.sqrt(self.size)).exp()
+            parts.append(sum(w * v for w, (_, v) in zip(weights / weights.sum(), kv, strict=True)))
         return self.p["o_proj.weight"] @ torch.cat(parts)
 
 
-def attend(p: dict[str, Tensor], c: ModelConfig, xs: list[Tensor]) -> list[Tensor]:
+def attend(p: dict[str, Tensor], c: SimpleNamespace, xs: list[Tensor]) -> list[Tensor]:
     """The persistent tokens and the last `window` tokens, the query's own included (section 4.2)."""
     attention = Attention(under(p, "attention."), c)
     always = [attention.key_value(x, None) for x in persistent(p)]
@@ -148,7 +165,7 @@ def persistent(p: dict[str, Tensor]) -> list[Tensor]:
     return list(p.get("persistent", ()))
 
 
-def memory_as_context(p: dict[str, Tensor], c: ModelConfig, xs: list[Tensor]) -> list[Tensor]:
+def memory_as_context(p: dict[str, Tensor], c: SimpleNamespace, xs: list[Tensor]) -> list[Tensor]:
     """Equations 21 to 25, each row seeing what was retrieved for itself and the rows before it in its segment."""
     attention, memory = Attention(under(p, "attention."), c), Memory(under(p, "memory."), c, [])
     always = [attention.key_value(x, None) for x in persistent(p)]
@@ -172,7 +189,7 @@ def memory_as_context(p: dict[str, Tensor], c: ModelConfig, xs: list[Tensor]) ->
 # The neural memory
 
 
-def remember(p: dict[str, Tensor], c: ModelConfig, xs: list[Tensor]) -> list[Tensor]:
+def remember(p: dict[str, Tensor], c: SimpleNamespace, xs: list[Tensor]) -> list[Tensor]:
     memory = Memory(under(p, "memory."), c, persistent(p))
     return [memory.read(x) for x in xs]
 
@@ -189,10 +206,13 @@ def presence(x: Tensor) -> Tensor:
 class Memory:
     """Equations 12 to 15, token by token. weights, surprise: per head, per memory layer [d_in, d_out]."""
 
-    def __init__(self, p: dict[str, Tensor], c: ModelConfig, first: list[Tensor]):
+    def __init__(self, p: dict[str, Tensor], c: SimpleNamespace, first: list[Tensor]):
         """first: the persistent tokens, which every document's memory has read before its first token."""
         self.p, self.c, self.m = p, c, c.memory
         self.size = c.dim // self.m.heads
+        self.coefficient = self.m.step_coefficient
+        if self.coefficient is None:
+            self.coefficient = 0.8 if self.m.residual_norm else 2.0
         matrices = [p[f"weights.{layer}"] for layer in range(self.m.depth)]
         self.weights = [[w[h] for w in matrices] for h in range(self.m.heads)]
         self.surprise = [[torch.zeros_like(w) for w in head] for head in self.weights]
@@ -259,7 +279,7 @@ class Memory:
             if self.m.step == "telescoped":
                 for key, earlier in self.chunk[h]:
                     overlap = (key * unit(k)).sum().abs()
-                    step = step * (1 - (self.m.step_coefficient * earlier[layer] * overlap).clamp(max=0.999))
+                    step = step * (1 - (self.coefficient * earlier[layer] * overlap).clamp(max=0.999))
                 if not self.m.residual_norm:
                     step = step * (1 - self.m.max_momentum * eta[layer])
             if self.m.damping and 0 < layer < self.m.depth - 1:

@@ -55,6 +55,27 @@ CASES = {
         config("transformer", window=None, persistent_tokens=0, rotary_percent=1.0, tie_embeddings=False),
         DOCUMENTS,
     ),
+    "grouped": (config("transformer", heads=6, kv_heads=3, head_dim=4, qk_norm=True, layers=2), DOCUMENTS),
+    "mag-grouped": (config("mag", heads=4, kv_heads=2, head_dim=6, qk_norm=True), DOCUMENTS),
+    "mal-grouped": (config("mal", heads=3, kv_heads=1, memory=dict(heads=2)), None),
+    "mac-grouped": (config("mac", heads=4, kv_heads=2, head_dim=5, qk_norm=True), DOCUMENTS),
+    "mac-queries-grouped": (config("mac", heads=4, kv_heads=1, qk_norm=True, mac=dict(memory_tokens=3)), None),
+    "hybrid": (
+        config("lmm", layers=3, pattern=["mag", "transformer"], memory=DAMPED),
+        DOCUMENTS,
+    ),
+    "hybrid-of-its-own": (
+        config(
+            "mac",
+            layers=4,
+            pattern=[
+                {"variant": "transformer", "window": None, "heads": 4, "kv_heads": 2, "persistent_tokens": 3},
+                {"variant": "lmm", "memory": {"depth": 1, "chunk_size": 2, "heads": 2}, "persistent_tokens": 0},
+                {"variant": "mac", "qk_norm": True, "ffn_dim": 7, "mac": {"segment": 3}},
+            ],
+        ),
+        DOCUMENTS,
+    ),
 }
 
 
