@@ -7,9 +7,8 @@ import pytest
 
 from titans_pretrain.config.load import from_dict
 from titans_pretrain.config.model import ModelConfig
-from titans_pretrain.parallel.mesh import check_layout
-from titans_pretrain.parallel.pipeline import cut_layers, stage_layers
-from titans_pretrain.parallel.zero import zero_settings
+from titans_pretrain.parallel.layout import check_layout, cut_layers, stage_layers
+from titans_pretrain.parallel.zero_settings import zero_settings
 
 
 def config(**groups):

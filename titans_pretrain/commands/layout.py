@@ -12,9 +12,7 @@ from titans_pretrain.config import Config
 from titans_pretrain.models import TitansForCausalLM, build_model
 from titans_pretrain.models.memory import PIECE
 from titans_pretrain.models.state import tensors
-from titans_pretrain.parallel.apply import needs_segments
-from titans_pretrain.parallel.mesh import check_layout
-from titans_pretrain.parallel.pipeline import stage_layers
+from titans_pretrain.parallel.layout import check_layout, needs_segments, stage_layers
 from titans_pretrain.parallel.segments import state_template
 from titans_pretrain.parallel.stage import Stage, join_stages
 

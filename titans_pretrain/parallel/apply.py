@@ -5,17 +5,22 @@ import torch
 from titans_pretrain.config import Config
 from titans_pretrain.models.causal_lm import TitansForCausalLM
 from titans_pretrain.parallel.engine import ParallelEngine
+from titans_pretrain.parallel.layout import needs_segments, stage_layers
 from titans_pretrain.parallel.mesh import Mesh
-from titans_pretrain.parallel.pipeline import Pipeline, stage_layers
+from titans_pretrain.parallel.pipeline import Pipeline
 from titans_pretrain.parallel.ring import LocalLink, RingLink
 from titans_pretrain.parallel.segments import SegmentedStage
 from titans_pretrain.parallel.stage import Stage, join_stages
+from titans_pretrain.training.engine import Engine, SingleEngine
 from titans_pretrain.training.optimizer import build_optimizer
 
 
-def needs_segments(config: Config) -> bool:
-    p, train = config.parallel, config.train
-    return p.segments > 1 or train.recompute == "segment" or train.truncate_state_gradient_every is not None
+def build_engine(config: Config, model: TitansForCausalLM, mesh: Mesh) -> Engine:
+    """The model as it is on one device, or taken apart where the config asks for anything parallel or in segments."""
+    if mesh.world > 1 or config.parallel.zero_stage or needs_segments(config):
+        return parallelize(model, config, mesh)
+    model.set_recompute(config.train.recompute)
+    return SingleEngine(config, model.to(mesh.device), mesh.device)
 
 
 def parallelize(model: TitansForCausalLM, config: Config, mesh: Mesh) -> ParallelEngine:

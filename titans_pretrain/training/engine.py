@@ -90,3 +90,10 @@ def on_device(batch, device: torch.device) -> dict:
 def compute_dtype(device: torch.device, precision: str) -> torch.autocast:
     """fp32: as the parameters are; bf16: matrix products under autocast (the memory's state stays float32 by itself)."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: a GPU if there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device=cuda, but torch sees no GPU here; use train.device=cpu or auto")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
