@@ -14,7 +14,7 @@ from titans_pretrain.models.memory import PIECE
 from titans_pretrain.models.state import tensors
 from titans_pretrain.parallel.layout import check_layout, needs_segments, stage_layers
 from titans_pretrain.parallel.segments import state_template
-from titans_pretrain.parallel.stage import Stage, join_stages
+from titans_pretrain.parallel.stage import stage_parts
 
 # Bytes kept for the backward pass per token and model dimension, besides the feed-forward part and the memory's states:
 # (fp32, bf16), counted with saved-tensor hooks (tests/integration/test_plan.py holds them to that).
@@ -68,8 +68,9 @@ class Layout:
 
     def parameters(self, pipeline_rank: int) -> int:
         """Of one process, before ZeRO partitions them."""
-        own = self.stages[pipeline_rank :: self.config.parallel.pp]
-        return sum(p.numel() for p in join_stages([Stage(self.model, layers) for layers in own]).parameters())
+        stages = self.stages[pipeline_rank :: self.config.parallel.pp]
+        parts = {part for layers in stages for part in stage_parts(self.config.model, layers)}
+        return sum(p.numel() for part in parts for p in self.model.get_submodule(part).parameters())
 
     def memory(self, pipeline_rank: int) -> dict[str, float]:
         """Bytes of a process; see state_bytes and activation_bytes."""

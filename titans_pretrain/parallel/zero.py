@@ -9,10 +9,11 @@ import io
 import logging
 
 import torch
+from torch import nn
 
 from titans_pretrain.config import Config
+from titans_pretrain.models.blocks import Block
 from titans_pretrain.parallel.mesh import Mesh
-from titans_pretrain.parallel.stage import Stage
 from titans_pretrain.parallel.zero_settings import zero_settings
 
 
@@ -26,14 +27,14 @@ def load_deepspeed():
     return deepspeed
 
 
-def zero_engine(config: Config, mesh: Mesh, module: Stage, optimizer: torch.optim.Optimizer, accumulation: int):
+def zero_engine(config: Config, mesh: Mesh, module: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int):
     """A DeepSpeed engine around a module and its optimizer."""
     deepspeed = load_deepspeed()
     settings = zero_settings(config, accumulation)
     if (
         config.parallel.zero_stage == 3
     ):  # a block reads its parts' weights outside of their calls, and often: gather it as one
-        deepspeed.utils.set_z3_leaf_modules(module, list({type(block) for block in module.layers.values()}))
+        deepspeed.utils.set_z3_leaf_modules(module, list({type(m) for m in module.modules() if isinstance(m, Block)}))
     deepspeed.init_distributed(dist_init_required=False)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=Groups(mesh))
