@@ -40,7 +40,7 @@ SPEEDUP = {16: 5.0, 64: 3.0}  # chunk -> bar over titans-pytorch at 4K tokens
 
 
 def build_ours(chunk: int):
-    from titans_pretrain.config.model import MemoryConfig, ModelConfig
+    from titans_pretrain.config.model import MemoryConfig
     from titans_pretrain.models.memory import MemoryLayer
 
     memory = MemoryConfig(
@@ -52,7 +52,7 @@ def build_ours(chunk: int):
         forget_to="zero",  # as theirs
         max_lr=MAX_LR * HEADS / DIM,  # their inner loss is a mean over the head size, ours the sum
     )
-    layer = MemoryLayer(ModelConfig(variant="lmm", dim=DIM, heads=HEADS, persistent_tokens=0, memory=memory))
+    layer = MemoryLayer(DIM, memory)
     return layer, lambda x: layer(x)[0]
 
 

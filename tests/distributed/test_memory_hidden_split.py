@@ -102,13 +102,11 @@ def split_module(module, parameters, group):
 
 def layer_case(chunk, **memory):
     """A memory layer over packed documents after persistent tokens, in two calls; what a document starts from, too."""
-    config = ModelConfig(
-        dim=HEADS * DIM, heads=2, memory=MemoryConfig(heads=HEADS, chunk_size=chunk, expansion=2.0, **memory)
-    )
+    dim = HEADS * DIM
     torch.manual_seed(0)
-    layer = MemoryLayer(config).double()
+    layer = MemoryLayer(dim, MemoryConfig(heads=HEADS, chunk_size=chunk, expansion=2.0, **memory)).double()
     x = {name: p.detach() for name, p in layer.named_parameters()}
-    x |= {"x": torch.randn(BATCH, 14, config.dim).double(), "persistent": torch.randn(3, config.dim).double()}
+    x |= {"x": torch.randn(BATCH, 14, dim).double(), "persistent": torch.randn(3, dim).double()}
     positions = torch.arange(14).repeat(BATCH, 1)
     positions[1, 8:] = torch.arange(6)
     positions[1, 7] = -1

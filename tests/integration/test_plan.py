@@ -12,10 +12,11 @@ import yaml
 from benchmarks.common import flop_counter
 from titans_pretrain import cli
 from titans_pretrain.commands.layout import activation_bytes, build_layout, ring_efficiency, state_bytes
-from titans_pretrain.commands.plan import attention_flops, flops_per_token, parameters_by_part
+from titans_pretrain.commands.plan import flops_per_token, parameters_by_part
 from titans_pretrain.config import load_config
 from titans_pretrain.config.load import from_dict
 from titans_pretrain.models import build_model
+from titans_pretrain.models.costs import attention_flops, retrieved_flops
 from titans_pretrain.parallel.layout import check_layout
 from titans_pretrain.parallel.zero_settings import zero_settings
 
@@ -56,16 +57,14 @@ def test_plan_counts_flops_as_the_model_has_them(variant, recompute):
     model = build_model(config.model)
     model.set_recompute(recompute)
     assert sum(parameters_by_part(model).values()) == sum(p.numel() for p in model.parameters())
-    scores = 0.0
-    if config.model.has_attention:
-        retrieved = 4 * config.model.dim**2 if variant == "mac" else 0
-        scores = config.model.layers * (attention_flops(config) - retrieved)
+    attending = [layer for layer in config.model.layer_configs if layer.has_attention]
+    scores = sum(attention_flops(layer, config.data.seq_len) - retrieved_flops(layer) for layer in attending)
     tokens = torch.zeros(1, 256, dtype=torch.int64)
     with torch.no_grad(), flop_counter() as forward:
         model(tokens)
     with flop_counter() as training:
         model(tokens, labels=tokens).loss.backward()
-    expected_forward, expected = flops_per_token(config, model)
+    expected_forward, expected = flops_per_token(config)
     passes = 3 if recompute == "none" else 4
     assert forward.get_total_flops() / 256 == pytest.approx(expected_forward - scores, rel=0.05)
     assert training.get_total_flops() / 256 == pytest.approx(expected - passes * scores, rel=0.05)

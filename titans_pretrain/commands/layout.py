@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from titans_pretrain.config import Config
+from titans_pretrain.config.model import LayerConfig
 from titans_pretrain.models import TitansForCausalLM, build_model
 from titans_pretrain.models.memory import PIECE
 from titans_pretrain.models.state import tensors
@@ -47,13 +48,14 @@ class Layout:
     @property
     def stages(self) -> list[range]:
         """The layers of all stages; pipeline rank r has stages r, r + PP, ..."""
-        return stage_layers(self.config.model, self.config.parallel.pp * self.config.parallel.stages_per_rank)
+        p = self.config.parallel
+        return stage_layers(self.config.model, p.pp * p.stages_per_rank, self.config.data.seq_len)
 
-    def payload(self, boundary: int) -> int:
-        """Bytes of one layer's state where segment `boundary` starts: what a message of the ring holds."""
+    def payload(self, layer: int, boundary: int) -> int:
+        """Bytes of a layer's state where segment `boundary` starts: what a message of the ring holds."""
         bf16 = self.config.train.precision == "bf16"
         template = state_template(
-            self.model.layers[0], self.config.train.micro_batch, boundary * self.segment_tokens,
+            self.model.layers[layer], self.config.train.micro_batch, boundary * self.segment_tokens,
             torch.bfloat16 if bf16 else torch.float32,
         )  # fmt: skip
         return sum(t.nbytes for t in tensors(template))
@@ -61,10 +63,10 @@ class Layout:
     def ring_bytes(self, context_rank: int, pipeline_rank: int) -> int:
         """What a process sends in one micro-batch: states to the right, their gradients to the left (if none is truncated)."""
         p = self.config.parallel
-        layers = sum(len(stage) for stage in self.stages[pipeline_rank :: p.pp])
+        layers = [layer for stage in self.stages[pipeline_rank :: p.pp] for layer in stage]
         right = range(context_rank + 1, p.segments, p.cp)
         left = range(context_rank or p.cp, p.segments, p.cp)
-        return layers * sum(map(self.payload, (*right, *left)))
+        return sum(self.payload(layer, boundary) for layer in layers for boundary in (*right, *left))
 
     def parameters(self, pipeline_rank: int) -> int:
         """Of one process, before ZeRO partitions them."""
@@ -144,18 +146,24 @@ def state_bytes(config: Config, parameters: int, dp: int) -> dict[str, float]:
 def activation_bytes(layout: Layout, pipeline_rank: int = 0) -> float:
     """Bytes that a process holds at most for its backward passes, estimated. Of what tensor parallelism saves, only the
     feed-forward part and the memory's states are counted, unless parallel.sequence_parallel splits all of it."""
+    stages = [_stage_bytes(layout, stage) for stage in layout.stages[pipeline_rank :: layout.config.parallel.pp]]
+    kept, again = max(stages, key=sum)
+    return _passes_at_once(layout, pipeline_rank) * kept + again
+
+
+def _stage_bytes(layout: Layout, layers: range) -> tuple[float, float]:
+    """What one forward pass of a stage keeps, and what its backward pass adds where it runs something again."""
     config, p, train = layout.config, layout.config.parallel, layout.config.train
-    layers = max(len(stage) for stage in layout.stages[pipeline_rank :: p.pp])
     tokens = train.micro_batch * config.data.seq_len // p.cp
     segments = p.segments_per_rank if needs_segments(config) else 1
     inputs = tokens * config.model.dim * 4
-    states = layers * segments * layout.payload(p.segments - 1) if p.segments > 1 else 0
-    kept, again = {
-        "none": (layers * _block_bytes(layout, tokens), 0),
-        "block": (layers * inputs + states, _block_bytes(layout, tokens // segments)),
-        "segment": (inputs + states, layers * _block_bytes(layout, tokens // segments)),
-    }[train.recompute]
-    return _passes_at_once(layout, pipeline_rank) * kept + again
+    states = segments * sum(layout.payload(i, p.segments - 1) for i in layers) if p.segments > 1 else 0
+    if train.recompute == "none":
+        return sum(_block_bytes(layout, i, tokens) for i in layers), 0
+    blocks = [_block_bytes(layout, i, tokens // segments) for i in layers]
+    if train.recompute == "block":
+        return len(layers) * inputs + states, max(blocks)
+    return inputs + states, sum(blocks)
 
 
 def _passes_at_once(layout: Layout, pipeline_rank: int) -> int:
@@ -169,16 +177,22 @@ def _passes_at_once(layout: Layout, pipeline_rank: int) -> int:
     return min(all_passes, behind + 1)
 
 
-def _block_bytes(layout: Layout, tokens: int) -> float:
+def _block_bytes(layout: Layout, layer: int, tokens: int) -> float:
     """What one block keeps of so many tokens (all rows of a micro-batch together)."""
-    c, p, train = layout.config.model, layout.config.parallel, layout.config.train
+    c, p, train = layout.model.layers[layer].config, layout.config.parallel, layout.config.train
     bf16 = train.precision == "bf16"
-    kept = _KEPT[c.variant][bf16] * c.dim / (p.tp if p.sequence_parallel else 1) + _KEPT_FFN[bf16] * c.ffn_dim / p.tp
+    kept = _kept(c)[bf16] * c.dim / (p.tp if p.sequence_parallel else 1) + _KEPT_FFN[bf16] * c.ffn_dim / p.tp
     total = tokens * kept
     if c.has_memory:
-        weights = sum(w.numel() for w in layout.model.layers[0].memory.weights)
+        weights = sum(w.numel() for w in layout.model.layers[layer].memory.weights)
         length = min(tokens // train.micro_batch, PIECE)  # of one scan
         chunks = math.ceil(length / c.memory.chunk_size)
         saved = chunks / (c.memory.checkpoint_every or math.ceil(math.sqrt(chunks)))
         total += tokens / length * saved * 2 * weights * 4
     return total
+
+
+def _kept(c: LayerConfig) -> tuple[float, float]:
+    """_KEPT of the variant; of one that was not counted, the sum over what it is made of."""
+    parts = [_KEPT[name] for name, there in (("lmm", c.has_memory), ("transformer", c.has_attention)) if there]
+    return _KEPT.get(c.variant) or (sum(p[0] for p in parts), sum(p[1] for p in parts))

@@ -1,14 +1,13 @@
 """What a config amounts to, before anything runs: parameters, FLOPs, layout, memory, and steps against data."""
 
-import itertools
-
 import torch
 from torch import nn
 
 from titans_pretrain.commands.layout import Layout, build_layout, ring_efficiency
 from titans_pretrain.commands.table import format_table
-from titans_pretrain.config import Config, ModelConfig
+from titans_pretrain.config import Config
 from titans_pretrain.models import build_model
+from titans_pretrain.models.costs import layer_flops
 from titans_pretrain.parallel.layout import needs_segments
 
 
@@ -21,7 +20,7 @@ def plan(config: Config, processes: int | None = None) -> str:
         model = build_model(config.model)
     parts = parameters_by_part(model)
     total = sum(parts.values())
-    forward, training = flops_per_token(config, model)
+    forward, training = flops_per_token(config)
     tokens = config.train.global_batch * config.data.seq_len
     memory = layout.memory(layout.fullest)
     memory["all"] = sum(memory.values())
@@ -61,8 +60,9 @@ def _layout(layout: Layout) -> dict[str, str]:
     if p.segments > 1:
         each = f", {p.segments_per_rank} on each of {p.cp} context-parallel ranks" if p.cp > 1 else ""
         rows["segments"] = f"{p.segments} of {layout.segment_tokens:,} tokens" + each
-        payload = layout.payload(p.segments - 1)
-        rows["state"] = f"{payload:,} bytes per layer and boundary of segments"
+        sizes = sorted({layout.payload(i, p.segments - 1) for i in range(layout.config.model.layers)})
+        each = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
+        rows["state"] = f"{each} bytes per layer and boundary of segments"
     if p.cp > 1:
         sent = layout.micro_batches * max(layout.ring_bytes(c, s) for c in range(p.cp) for s in range(p.pp))
         busy = ring_efficiency(layers, p.cp, p.segments_per_rank, p.inflight)
@@ -97,54 +97,13 @@ def _part(name: str) -> str:
     return "norms and the rest"
 
 
-def flops_per_token(config: Config, model: nn.Module) -> tuple[float, float]:
-    """Matrix-product FLOPs of one token: (forward, a training step).
-
-    A backward pass costs twice its forward pass; what is recomputed in it, once more: always the memory's states, and
-    with train.recompute all blocks; in segments the head too.
-    """
-    c = config.model
-    linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    head = 2 * c.dim * c.vocab_size
-    blocks = linear - (0 if c.tie_embeddings else head) + c.layers * attention_flops(config)
-    scans = c.layers * scan_flops(c) if c.has_memory else 0
+def flops_per_token(config: Config) -> tuple[float, float]:
+    """Matrix-product FLOPs of one token: (forward, a training step). In segments, recomputation runs the head again too."""
+    head = 2 * config.model.dim * config.model.vocab_size
     recomputed = config.train.recompute != "none"
-    training = (
-        (3 + (recomputed and needs_segments(config))) * head + (3 + recomputed) * blocks + (4 + recomputed) * scans
-    )
-    return head + blocks + scans, training
-
-
-def attention_flops(config: Config) -> float:
-    """Scores and weighted sum of one token and layer, over the keys it sees on average."""
-    c = config.model
-    if not c.has_attention:
-        return 0.0
-    if c.variant == "mac":  # causal within the segment, over its tokens and what was retrieved for them
-        own = (c.mac.segment + 1) / 2
-        visible = own + (c.mac.memory_tokens or own)
-    else:
-        window = min(c.window or config.data.seq_len, config.data.seq_len)
-        visible = window - window * (window - 1) / (2 * config.data.seq_len)
-    retrieved = 4 * c.dim**2 if c.variant == "mac" and not c.mac.memory_tokens else 0  # their keys and values
-    return 4 * c.dim * (visible + c.persistent_tokens) + retrieved
-
-
-def scan_flops(c: ModelConfig) -> float:
-    """One token's read, gradient and update in all memories of a layer (dual form with chunks of C tokens)."""
-    size = c.dim // c.memory.heads
-    hidden = int(c.memory.expansion * size)
-    widths = [size, *[hidden] * (c.memory.depth - 1), size]
-    weights = [a * b for a, b in itertools.pairwise(widths)]
-    product = 2 * sum(weights)  # one input through one set of weights
-    read = (
-        3 if c.memory.forget_to == "initial" else 2
-    ) * product  # weights, surprise, initial weights: decay differs by token
-    gradient = product + 2 * sum(weights[1:])
-    write = 2 * product  # into weights and surprise
-    within_chunk = 2 * c.memory.chunk_size * (sum(widths[:-1]) + sum(widths[1:]))
-    retrieve = product if c.variant == "mac" else 0
-    return c.memory.heads * (read + gradient + write + within_chunk + retrieve)
+    layers = [layer_flops(layer, config.data.seq_len) for layer in config.model.layer_configs]
+    training = (3 + (recomputed and needs_segments(config))) * head + sum(f.training(recomputed) for f in layers)
+    return head + sum(f.forward for f in layers), training
 
 
 def _data(config: Config, tokens: int) -> str:

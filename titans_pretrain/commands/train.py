@@ -82,7 +82,9 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: P
         loggers = build_loggers(config, run_dir, trainer.step, trainer.validated)
         progress = Progress(config.train.steps, trainer.step, config.train.log_every)
         where = f"on {mesh.device}" if mesh.world == 1 else f"on {mesh.world} processes ({describe(mesh)})"
-        progress.note(f"{config.model.variant}, {parameters / 1e6:.2f}M parameters, {where}; run folder {run_dir}")
+        progress.note(
+            f"{'+'.join(config.model.variants)}, {parameters / 1e6:.2f}M parameters, {where}; run folder {run_dir}"
+        )
         if checkpoint is not None:
             progress.note(f"goes on from {checkpoint} (step {trainer.step})" + "".join(f"; {line}" for line in changed))
             if trainer.step >= config.train.steps:

@@ -1,13 +1,45 @@
 """Shape of a model: plain dataclasses, no dependency beyond the standard library (they travel with an HF export)."""
 
-from dataclasses import dataclass, field
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-VARIANTS = ("lmm", "mac", "mag", "mal", "transformer")
-Variant = Literal["lmm", "mac", "mag", "mal", "transformer"]
+from titans_pretrain.config.check import at_least, check_fields, did_you_mean, positive
 
 
-@dataclass
+@dataclass(frozen=True)
+class Variant:
+    """A kind of layer, as the rest of the package has to know it without its code."""
+
+    block: str | type  # a file of models/ and the class in it; of a variant that lives elsewhere, the class itself
+    summary: str  # of a model of such layers, for its card
+    memory: bool = False  # has a neural memory, as its attribute `memory`
+    attention: bool = False  # has attention, as its attribute `attention`
+    segments: bool = False  # this attention is cut into segments (model.mac), not a sliding window
+
+
+VARIANTS: dict[str, Variant] = {
+    "lmm": Variant("blocks.LmmBlock", "a neural memory that learns while it reads, and no attention", memory=True),
+    "mac": Variant(
+        "mac.MacBlock", "a neural memory that learns while it reads gives context to the attention within a segment",
+        memory=True, attention=True, segments=True,
+    ),
+    "mag": Variant(
+        "blocks.MagBlock", "sliding-window attention beside a neural memory that learns while it reads and gates it",
+        memory=True, attention=True,
+    ),
+    "mal": Variant(
+        "blocks.MalBlock", "a neural memory that learns while it reads, then sliding-window attention, in every layer",
+        memory=True, attention=True,
+    ),
+    "transformer": Variant("blocks.TransformerBlock", "the attention-only baseline of the same architecture", attention=True),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
 class MemoryConfig:
     """Neural long-term memory (Titans section 3.1). Every field changes the function, none is a mere speed setting,
     except `backend` and `checkpoint_every`."""
@@ -29,21 +61,32 @@ class MemoryConfig:
     checkpoint_every: int | None = None  # chunks between saved states in training; None chooses
 
     def __post_init__(self):
-        for name in ("heads", "depth", "chunk_size", "conv_size"):
-            _positive("model.memory." + name, getattr(self, name))
-        _positive("model.memory.expansion", self.expansion)
+        check_fields(self, "model.memory")
+        for name in ("heads", "depth", "chunk_size", "conv_size", "expansion"):
+            positive("model.memory." + name, getattr(self, name))
         for name in ("damping", "max_lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.memory.{name} must be 0 or more, got {getattr(self, name)}")
-        if self.step_coefficient is None:
-            self.step_coefficient = 0.8 if self.residual_norm else 2.0
+            at_least("model.memory." + name, getattr(self, name), 0)
         if not 0 <= self.max_momentum <= 1:
             raise ValueError(f"model.memory.max_momentum must lie in [0, 1], got {self.max_momentum}")
+        if self.step_coefficient is not None:
+            at_least("model.memory.step_coefficient", self.step_coefficient, 0)
         if self.checkpoint_every is not None:
-            _positive("model.memory.checkpoint_every", self.checkpoint_every)
+            positive("model.memory.checkpoint_every", self.checkpoint_every)
+
+    @property
+    def telescope_coefficient(self) -> float:
+        """g, resolved: the linear memory's curvature, or the damped norm's own."""
+        if self.step_coefficient is not None:
+            return self.step_coefficient
+        return 0.8 if self.residual_norm else 2.0
+
+    def widths(self, dim: int) -> list[int]:
+        """Sizes between the layers of one memory of a model of width `dim`: [D, F, ..., F, D]."""
+        size = dim // self.heads
+        return [size, *[int(self.expansion * size)] * (self.depth - 1), size]
 
 
-@dataclass
+@dataclass(frozen=True)
 class MacConfig:
     """Memory as context (Titans section 4.1)."""
 
@@ -51,17 +94,86 @@ class MacConfig:
     memory_tokens: int = 0  # 0: one retrieved token per token, seen causally; N: N learned queries per segment
 
     def __post_init__(self):
-        _positive("model.mac.segment", self.segment)
-        if self.memory_tokens < 0:
-            raise ValueError(f"model.mac.memory_tokens must be 0 or more, got {self.memory_tokens}")
+        check_fields(self, "model.mac")
+        positive("model.mac.segment", self.segment)
+        at_least("model.mac.memory_tokens", self.memory_tokens, 0)
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One layer with every value resolved: all that its block sees. `ModelConfig.layer_configs` makes them."""
+
+    variant: str
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    qk_norm: bool
+    window: int | None
+    persistent_tokens: int
+    ffn_dim: int
+    rotary_percent: float
+    norm_eps: float
+    init_std: float  # of the projections
+    residual_std: float  # of those that write to the residual stream
+    memory: MemoryConfig
+    mac: MacConfig
+
+    @property
+    def has_memory(self) -> bool:
+        return VARIANTS[self.variant].memory
+
+    @property
+    def has_attention(self) -> bool:
+        return VARIANTS[self.variant].attention
+
+    @property
+    def has_segments(self) -> bool:
+        return VARIANTS[self.variant].segments
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated dimensions of an attention head, an even number."""
+        return int(self.head_dim * self.rotary_percent) // 2 * 2
+
+    @property
+    def document_multiple(self) -> int:
+        """A document may start at multiples of this many tokens: at a chunk of the memory, at a segment where there are any."""
+        if self.has_segments:
+            return self.mac.segment
+        return self.memory.chunk_size if self.has_memory else 1
+
+
+# What an entry of model.pattern may set for its layer.
+LAYER_KEYS = (
+    "variant",
+    "window",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "qk_norm",
+    "persistent_tokens",
+    "ffn_dim",
+    "memory",
+    "mac",
+)
+SPEED_KEYS = ("memory.backend", "memory.checkpoint_every")  # how a layer computes, not what
 
 
 @dataclass
 class ModelConfig:
-    variant: Variant = "mag"
+    variant: str = "mag"
+    pattern: list | None = (
+        None  # layers that differ: variants' names or {variant: ..., window: ..., ...}, repeated over `layers`
+    )
     dim: int = 256
     layers: int = 4
     heads: int = 4  # attention heads
+    kv_heads: int | None = (
+        None  # heads of keys and values, each read by heads / kv_heads queries; null: as many as heads
+    )
+    head_dim: int | None = None  # size of an attention head; null: dim / heads
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
     vocab_size: int = 32000
     window: int | None = 2048  # tokens each query sees, itself included; null is full attention
     persistent_tokens: int = 16
@@ -75,65 +187,134 @@ class ModelConfig:
     mac: MacConfig = field(default_factory=MacConfig)
 
     def __post_init__(self):
+        if isinstance(self.pattern, tuple):
+            self.pattern = list(self.pattern)
+        check_fields(self, "model")
         if self.variant not in VARIANTS:
-            raise ValueError(f"model.variant is {self.variant!r}; legal are {', '.join(VARIANTS)}")
-        for name in ("dim", "layers", "heads", "vocab_size"):
-            _positive("model." + name, getattr(self, name))
-        if self.window is not None:
-            _positive("model.window", self.window)
+            near = did_you_mean(self.variant, VARIANTS)
+            raise ValueError(f"model.variant is {self.variant!r}; legal are {', '.join(VARIANTS)}{near}")
+        for name in ("dim", "layers", "heads", "vocab_size", "rope_theta"):
+            positive("model." + name, getattr(self, name))
+        for name in ("kv_heads", "head_dim", "window"):
+            if getattr(self, name) is not None:
+                positive("model." + name, getattr(self, name))
         if self.ffn_dim is None:
             self.ffn_dim = -(-8 * self.dim // (3 * 64)) * 64
-        _positive("model.ffn_dim", self.ffn_dim)
+        positive("model.ffn_dim", self.ffn_dim)
         if self.init_std is None:
             self.init_std = (2 / (5 * self.dim)) ** 0.5
-        _positive("model.init_std", self.init_std)
-        if self.persistent_tokens < 0:
-            raise ValueError(f"model.persistent_tokens must be 0 or more, got {self.persistent_tokens}")
-        if self.dim % self.heads:
-            raise ValueError(f"model.dim={self.dim} is not divisible by model.heads={self.heads}")
-        if self.dim % self.memory.heads:
-            raise ValueError(f"model.dim={self.dim} is not divisible by model.memory.heads={self.memory.heads}")
+        positive("model.init_std", self.init_std)
+        at_least("model.norm_eps", self.norm_eps, 0)
+        at_least("model.persistent_tokens", self.persistent_tokens, 0)
         if not 0 < self.rotary_percent <= 1:
             raise ValueError(f"model.rotary_percent must lie in (0, 1], got {self.rotary_percent}")
-        if self.rotary_dim < 2:
+        if self.pattern is None:
+            self._check_layer()
+        else:
+            self._check_pattern()
+
+    def _check_layer(self) -> None:
+        """What must fit together in a layer; with a pattern this is asked of each entry instead."""
+        layer = self._layer()
+        if self.head_dim is None and self.dim % self.heads:
             raise ValueError(
-                f"model.rotary_percent={self.rotary_percent} leaves no pair to rotate in heads of {self.head_dim}; raise it"
+                f"model.dim={self.dim} is not divisible by model.heads={self.heads}; or set model.head_dim"
             )
-        if self.has_attention and self.persistent_tokens and self.rotary_dim == self.head_dim:
+        if self.heads % layer.kv_heads:
+            raise ValueError(f"model.heads={self.heads} is not divisible by model.kv_heads={layer.kv_heads}")
+        if self.dim % self.memory.heads:
+            raise ValueError(f"model.dim={self.dim} is not divisible by model.memory.heads={self.memory.heads}")
+        if layer.rotary_dim < 2:
+            raise ValueError(
+                f"model.rotary_percent={self.rotary_percent} leaves no pair to rotate in heads of {layer.head_dim}; raise it"
+            )
+        if layer.has_attention and self.persistent_tokens and layer.rotary_dim == layer.head_dim:
             raise ValueError(
                 "persistent keys have no position and live in the dimensions that RoPE leaves alone: "
                 "set model.rotary_percent below 1 or model.persistent_tokens to 0"
             )
-        if self.variant == "mac" and self.mac.segment % self.memory.chunk_size:
+        if layer.has_segments and self.mac.segment % self.memory.chunk_size:
             raise ValueError(
                 f"model.mac.segment={self.mac.segment} must be a multiple of model.memory.chunk_size={self.memory.chunk_size}"
             )
 
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
+    def _check_pattern(self) -> None:
+        if not 0 < len(self.pattern) <= self.layers:
+            raise ValueError(
+                f"model.pattern has {len(self.pattern)} entries; give between 1 and model.layers={self.layers}, over which it is repeated"
+            )
+        for i in range(len(self.pattern)):
+            self._entry(i)
+
+    def _entry(self, i: int) -> "ModelConfig":
+        """The model all of whose layers are as the pattern's i-th entry. Raises ValueError, which names the key in the entry."""
+        at, own = f"model.pattern[{i}]", self.pattern[i]
+        if isinstance(own, str):
+            own = {"variant": own}
+        if not isinstance(own, dict):
+            raise ValueError(f"{at} = {own!r}: must be the name of a variant, or a mapping with a layer's own keys")
+        _check_known(at, own, LAYER_KEYS)
+        given = [key for key in own if key not in ("memory", "mac")]
+        for name in ("memory", "mac"):
+            if name not in own:
+                continue
+            if not isinstance(own[name], dict):
+                raise ValueError(f"{at}.{name} = {own[name]!r}: must be a group of keys")
+            _check_known(f"{at}.{name}", own[name], [f.name for f in dataclasses.fields(getattr(self, name))])
+            given += [f"{name}.{key}" for key in own[name]]
+        for key in given:
+            if key in SPEED_KEYS:
+                raise ValueError(f"{at}.{key} says how a layer computes, not what; set model.{key}, for all layers")
+        try:
+            groups = {name: replace(getattr(self, name), **own[name]) for name in ("memory", "mac") if name in own}
+            return replace(self, **own | groups, pattern=None)
+        except ValueError as e:
+            keys = "|".join(map(re.escape, given))
+            raise ValueError(re.sub(rf"\bmodel\.({keys})\b", rf"{at}.\1", str(e)) if keys else str(e)) from e
+
+    def _layer(self) -> LayerConfig:
+        """Any layer, of a model without a pattern."""
+        same = {f.name: getattr(self, f.name) for f in dataclasses.fields(LayerConfig) if hasattr(self, f.name)}
+        resolved = {
+            "kv_heads": self.heads if self.kv_heads is None else self.kv_heads,
+            "head_dim": self.dim // self.heads if self.head_dim is None else self.head_dim,
+            "residual_std": self.init_std / (2 * self.layers) ** 0.5,
+        }
+        return LayerConfig(**same | resolved)
 
     @property
-    def rotary_dim(self) -> int:
-        """Rotated dimensions of an attention head, an even number."""
-        return int(self.head_dim * self.rotary_percent) // 2 * 2
+    def layer_configs(self) -> tuple[LayerConfig, ...]:
+        """Every layer, resolved: the pattern's entries, repeated; `variant` without a pattern."""
+        entries = [self] if self.pattern is None else [self._entry(i) for i in range(len(self.pattern))]
+        layers = [entry._layer() for entry in entries]
+        return tuple(layers[i % len(layers)] for i in range(self.layers))
+
+    def layer(self, i: int) -> LayerConfig:
+        return self.layer_configs[i]
 
     @property
-    def has_attention(self) -> bool:
-        return self.variant != "lmm"
+    def variants(self) -> tuple[str, ...]:
+        """Of its layers, each once, in order."""
+        return tuple(dict.fromkeys(layer.variant for layer in self.layer_configs))
 
     @property
     def has_memory(self) -> bool:
-        return self.variant != "transformer"
+        """Whether any layer has."""
+        return any(VARIANTS[v].memory for v in self.variants)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether any layer has."""
+        return any(VARIANTS[v].attention for v in self.variants)
 
     @property
     def document_multiple(self) -> int:
-        """Documents are padded to a multiple of this many tokens, so that each starts on a chunk (on a segment for mac)."""
-        if self.variant == "mac":
-            return self.mac.segment
-        return self.memory.chunk_size if self.has_memory else 1
+        """Documents are padded to a multiple of this many tokens, so that each starts on a chunk (on a segment) of every layer."""
+        return math.lcm(*(layer.document_multiple for layer in self.layer_configs))
 
 
-def _positive(key: str, value) -> None:
-    if value <= 0:
-        raise ValueError(f"{key} must be positive, got {value}")
+def _check_known(at: str, given: Iterable, legal: Sequence[str]) -> None:
+    for key in given:
+        if key not in legal:
+            near = did_you_mean(key, legal) or f"; legal here: {', '.join(legal)}"
+            raise ValueError(f"unknown key {at}.{key}{near}")

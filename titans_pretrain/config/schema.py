@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from titans_pretrain.config.check import at_least, check_fields
 from titans_pretrain.config.model import ModelConfig
 
 CONFIG_VERSION = 1
@@ -21,7 +22,8 @@ class DataConfig:
     on_bad_shard: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self):
-        _at_least("data.seq_len", self.seq_len, 1)
+        check_fields(self, "data")
+        at_least("data.seq_len", self.seq_len, 1)
         for path, weight in self.mixture.items():
             if not weight > 0:
                 raise ValueError(f"data.mixture gives {path!r} the weight {weight}; weights must be positive")
@@ -46,10 +48,9 @@ class TrainConfig:
     micro_batch: int = 8  # rows in one forward pass
     global_batch: int = 8  # rows in one step; a multiple of micro_batch, the rest is accumulated
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: under autocast; with ZeRO bf16 parameters and float32 masters
-    recompute: Literal["none", "block", "segment"] = (
-        "none"  # what the backward pass runs again: nothing, each block from
-    )
-    # its input, or each segment of the sequence (parallel.segments_per_rank) from the states that entered it
+    # What the backward pass runs again: nothing, each block from its input, or each segment of the sequence
+    # (parallel.segments_per_rank) from the states that entered it.
+    recompute: Literal["none", "block", "segment"] = "none"
     truncate_state_gradient_every: int | None = None  # tokens; no gradient through the state across these; null: exact
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every: int = 100  # steps between validations; 0: never
@@ -61,12 +62,13 @@ class TrainConfig:
     resume: str = "auto"  # auto: the run's own newest checkpoint; never; or a folder to start from
 
     def __post_init__(self):
+        check_fields(self, "train")
         for name in ("steps", "micro_batch", "global_batch", "eval_batches", "log_every"):
-            _at_least("train." + name, getattr(self, name), 1)
+            at_least("train." + name, getattr(self, name), 1)
         for name in ("seed", "lr", "min_lr", "warmup_steps", "weight_decay", "eps", "grad_clip"):
-            _at_least("train." + name, getattr(self, name), 0)
+            at_least("train." + name, getattr(self, name), 0)
         for name in ("eval_every", "checkpoint_every", "keep_checkpoints"):
-            _at_least("train." + name, getattr(self, name), 0)
+            at_least("train." + name, getattr(self, name), 0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -78,7 +80,7 @@ class TrainConfig:
                 f"try {-(-self.global_batch // self.micro_batch) * self.micro_batch}"
             )
         if self.truncate_state_gradient_every is not None:
-            _at_least("train.truncate_state_gradient_every", self.truncate_state_gradient_every, 1)
+            at_least("train.truncate_state_gradient_every", self.truncate_state_gradient_every, 1)
         if not self.resume:
             raise ValueError("train.resume is empty; legal are auto, never, or a run or checkpoint folder")
 
@@ -98,9 +100,7 @@ class ParallelConfig:
     segments_per_rank: int = 1  # k: the sequence is cut into k * cp segments; more give less idle time and less memory
     inflight: int = 1  # micro-batches in flight on a context-parallel ring before the first backward pass
     sequence_parallel: bool = False  # split the residual stream over tp between the sharded parts
-    memory_split: Literal["heads", "hidden"] = (
-        "heads"  # what tp shards of a memory: its heads, or the hidden size of each
-    )
+    memory_split: Literal["heads", "hidden"] = "heads"  # what tp shards of a memory: heads, or the hidden size of each
     pipeline_schedule: Literal["1f1b", "interleaved"] = "1f1b"
     stages_per_rank: int = 1  # with interleaved: stages that each pipeline rank holds
     zero_stage: Literal[0, 1, 2, 3] = 0  # DeepSpeed ZeRO; 0 keeps the optimizer state whole on every rank
@@ -108,8 +108,9 @@ class ParallelConfig:
     timeout_minutes: float = 30.0  # ranks give up on one that does not answer after this long
 
     def __post_init__(self):
+        check_fields(self, "parallel")
         for name in ("tp", "pp", "cp", "segments_per_rank", "inflight", "stages_per_rank"):
-            _at_least("parallel." + name, getattr(self, name), 1)
+            at_least("parallel." + name, getattr(self, name), 1)
         if not self.timeout_minutes > 0:
             raise ValueError(f"parallel.timeout_minutes must be positive, got {self.timeout_minutes}")
         if (self.stages_per_rank > 1) != (self.pipeline_schedule == "interleaved"):
@@ -133,6 +134,9 @@ class RunConfig:
     wandb: str | None = None  # a Weights & Biases project; offline unless WANDB_MODE says otherwise
     tensorboard: bool = False
 
+    def __post_init__(self):
+        check_fields(self, "run")
+
 
 @dataclass
 class Config:
@@ -145,9 +149,12 @@ class Config:
     version: int = CONFIG_VERSION
 
     def __post_init__(self):
+        check_fields(self)
         multiple = self.model.document_multiple
         if self.data.reset_documents and self.data.seq_len % multiple:
-            source = "model.mac.segment" if self.model.variant == "mac" else "model.memory.chunk_size"
+            source = "model.mac.segment" if self.model.layer(0).has_segments else "model.memory.chunk_size"
+            if self.model.pattern is not None:
+                source = "the least common multiple of the chunks and segments of model.pattern"
             below, above = self.data.seq_len // multiple * multiple, -(-self.data.seq_len // multiple) * multiple
             raise ValueError(
                 f"data.seq_len={self.data.seq_len} must be a multiple of {source}={multiple}, where documents may start; "
@@ -156,7 +163,7 @@ class Config:
         self._check_segments()
 
     def _check_segments(self) -> None:
-        """The cuts of the sequence: segments of equal length, each starting on a chunk (mac: on a segment of attention)."""
+        """The cuts of the sequence: segments of equal length, each starting where documents may."""
         parts, multiple, total = self.parallel.segments, self.model.document_multiple, self.data.seq_len
         if parts > 1 and total % (parts * multiple):
             unit = parts * multiple
@@ -172,8 +179,3 @@ class Config:
                 f"train.truncate_state_gradient_every={every} must be a multiple of a segment's {total // parts} tokens "
                 f"(data.seq_len / (cp * segments_per_rank)); raise parallel.segments_per_rank to truncate more often"
             )
-
-
-def _at_least(key: str, value, least) -> None:
-    if not value >= least:
-        raise ValueError(f"{key} must be {least} or more, got {value}")

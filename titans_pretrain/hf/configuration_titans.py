@@ -22,6 +22,7 @@ class TitansConfig(PreTrainedConfig):
         "intermediate_size": "ffn_dim",
         "num_hidden_layers": "layers",
         "num_attention_heads": "heads",
+        "num_key_value_heads": "kv_heads",
         "tie_word_embeddings": "tie_embeddings",
     }
 

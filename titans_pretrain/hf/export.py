@@ -19,14 +19,17 @@ from torch import Tensor, nn
 
 from titans_pretrain.checkpoint import find_checkpoint, find_tokenizer, load_model, read_trainer
 from titans_pretrain.checkpoint.store import atomic_folder
-from titans_pretrain.config.model import ModelConfig
+from titans_pretrain.config.model import VARIANTS, ModelConfig
 from titans_pretrain.data.tokenizer import read_tokenizer_entry
 from titans_pretrain.hf.bundle import bundle_sources
 from titans_pretrain.hf.model_card import model_card
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MARKER = "titans_export.json"
-CODE = ("titans_pretrain.hf.configuration_titans", "titans_pretrain.hf.modeling_titans")
+BLOCKS = sorted(
+    {"titans_pretrain.models." + v.block.rpartition(".")[0] for v in VARIANTS.values() if isinstance(v.block, str)}
+)
+CODE = ("titans_pretrain.hf.configuration_titans", *BLOCKS, "titans_pretrain.hf.modeling_titans")
 AUTO_MAP = {
     "AutoConfig": "configuration_titans.TitansConfig",
     "AutoModelForCausalLM": "modeling_titans.TitansForCausalLM",

@@ -1,6 +1,8 @@
 """README.md of an exported model."""
 
-from titans_pretrain.config.model import ModelConfig
+from collections.abc import Iterable
+
+from titans_pretrain.config.model import VARIANTS, ModelConfig
 
 _CARD = """---
 library_name: transformers
@@ -40,44 +42,56 @@ Needs transformers 5 or newer and torch, nothing else: the folder carries the mo
 - In bfloat16 or float16, the memory's state stays float32.
 """
 
-_WHAT = {
-    "lmm": "a neural memory that learns while it reads, and no attention",
-    "mac": "a neural memory that learns while it reads gives context to the attention within a segment",
-    "mag": "sliding-window attention beside a neural memory that learns while it reads and gates it",
-    "mal": "a neural memory that learns while it reads, then sliding-window attention, in every layer",
-    "transformer": "the attention-only baseline of the same architecture",
-}
-
 
 def model_card(config: ModelConfig, dtype: str, parameters: int, trained: str) -> str:
     """trained: where the weights come from, one line or nothing."""
+    name = "+".join(config.variants)
     rows = {
-        "variant": config.variant,
+        "variant": name,
         "layers x width": f"{config.layers} x {config.dim}",
         "vocabulary": config.vocab_size,
         "weights": dtype,
     }
+    if config.pattern is not None:
+        rows["layers"] = (
+            ", ".join(layer.variant for layer in config.layer_configs[: len(config.pattern)]) + ", and so on"
+        )
+    layers = config.layer_configs
+    memories = _distinct(layer.memory for layer in layers if layer.has_memory)
+    windows = _distinct(layer.window for layer in layers if layer.has_attention and not layer.has_segments)
+    segments = _distinct(layer.mac.segment for layer in layers if layer.has_segments)
     notes = []
-    if config.has_attention and config.variant != "mac":
-        rows["attention"] = f"{config.heads} heads, window {config.window or 'unlimited'}"
-    if config.has_memory:
-        memory = config.memory
-        rows["memory"] = f"{memory.heads} heads, depth {memory.depth}, chunks of {memory.chunk_size} tokens"
+    if windows:
+        heads = _distinct(layer.heads for layer in layers if layer.has_attention)
+        rows["attention"] = f"{_either(heads)} heads, window {_either(w or 'unlimited' for w in windows)}"
+    if memories:
+        chunks = _either(_distinct(m.chunk_size for m in memories))
+        told = (f"{m.heads} heads, depth {m.depth}, chunks of {m.chunk_size} tokens" for m in memories)
+        rows["memory"] = _either(told, "; or ")
         notes.append(
-            f"- The chunk size ({memory.chunk_size}) is part of the function that the weights were trained for, not a speed "
+            f"- The chunk size ({chunks}) is part of the function that the weights were trained for, not a speed "
             "setting: with\n  another one this is another, worse model."
         )
-    if config.variant == "mac":
-        rows["segments"] = f"{config.mac.segment} tokens, attention of {config.heads} heads within each"
-        notes.append(f"- So is the segment ({config.mac.segment}).")
+    if segments:
+        heads = _distinct(layer.heads for layer in layers if layer.has_segments)
+        rows["segments"] = f"{_either(segments)} tokens, attention of {_either(heads)} heads within each"
+        notes.append(f"- So is the segment ({_either(segments)}).")
     return _CARD.format(
-        variant=config.variant,
+        variant=name,
         parameters=_count(parameters),
-        what=_WHAT[config.variant],
+        what="; ".join(VARIANTS[v].summary for v in config.variants),
         trained=f"\nTrained with titans-pretrain: {trained}.\n" if trained else "",
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         notes="".join(note + "\n" for note in notes),
     )
+
+
+def _distinct(values: Iterable) -> list:
+    return list(dict.fromkeys(values))
+
+
+def _either(values: Iterable, by: str = " or ") -> str:
+    return by.join(map(str, values))
 
 
 def _count(n: int) -> str:

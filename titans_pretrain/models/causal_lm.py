@@ -1,4 +1,4 @@
-"""A Titans language model: embeddings, blocks of one variant, norm and head."""
+"""A Titans language model: embeddings, blocks, norm and head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from torch.utils.checkpoint import checkpoint
 
 from titans_pretrain.config.model import ModelConfig
 from titans_pretrain.kernels.cross_entropy import linear_cross_entropy
-from titans_pretrain.models.blocks import LmmBlock, MagBlock, MalBlock, TransformerBlock
+from titans_pretrain.models.initialize import initialize
 from titans_pretrain.models.inputs import check_inputs
-from titans_pretrain.models.mac import MacBlock
+from titans_pretrain.models.linear import Embedding, Projection
 from titans_pretrain.models.norm import RMSNorm
-from titans_pretrain.models.rotary import Rotation, rotation
+from titans_pretrain.models.rotary import Rotations, rotations
 from titans_pretrain.models.state import LayerState, ModelState, positions_after
+from titans_pretrain.models.variants import build_block
 
-BLOCKS = {"lmm": LmmBlock, "mac": MacBlock, "mag": MagBlock, "mal": MalBlock, "transformer": TransformerBlock}
 RECOMPUTE = ("none", "block")
 
 
@@ -25,6 +25,7 @@ class CausalLMOutput:
     state: ModelState
     logits: Tensor | None = None  # [B, T, vocab_size], without labels
     loss: Tensor | None = None  # scalar, with labels
+    hidden_states: tuple[Tensor, ...] | None = None  # if asked for: of embedding and each layer, the last one normalised
 
 
 class TitansForCausalLM(nn.Module):
@@ -33,21 +34,17 @@ class TitansForCausalLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(BLOCKS[config.variant](config) for _ in range(config.layers))
+        self.embed_tokens = Embedding(config.vocab_size, config.dim, config.init_std)
+        self.layers = nn.ModuleList(build_block(layer) for layer in config.layer_configs)
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_embeddings else Projection(config.dim, config.vocab_size, config.init_std)
         self.recompute = "none"
         self.cross_entropy = linear_cross_entropy  # replaced where the vocabulary is sharded
-        self._init_weights()
 
-    def _init_weights(self) -> None:
-        """Projections N(0, init_std), those that write to the residual stream smaller by sqrt(2 * layers), as in GPT-2."""
-        std = self.config.init_std
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                last = name.endswith(("o_proj", "down_proj"))
-                nn.init.normal_(module.weight, std=std / (2 * self.config.layers) ** 0.5 if last else std)
+    def init_weights(self) -> None:
+        """Every parameter anew, from one draw of torch's global random state: projections N(0, init_std), those that write to the
+        residual stream smaller by sqrt(2 * layers), as in GPT-2."""
+        initialize(self, int(torch.randint(2**63 - 1, (), device="cpu")))
 
     def set_recompute(self, mode: str) -> None:
         """ "block": drop each block's activations and recompute them in the backward pass; "none": keep them."""
@@ -62,6 +59,7 @@ class TitansForCausalLM(nn.Module):
         state: ModelState | None = None,
         positions: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> CausalLMOutput:
         """Read T tokens.
 
@@ -78,32 +76,38 @@ class TitansForCausalLM(nn.Module):
         absolute = positions
         if absolute is None:
             absolute = position[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.embed_tokens(tokens)
-        by = self.rotation(absolute, x.dtype)
-        x, states = self.run_layers(x, by, positions, state and state.layers)
+        x = embedded = self.embed_tokens(tokens)
+        by = self.rotations(absolute, x.dtype)
+        seen: list[Tensor] | None = [] if output_hidden_states else None
+        x, states = self.run_layers(x, by, positions, state and state.layers, seen=seen)
         after = ModelState(states, positions_after(positions, position, tokens.shape[1]))
+        hidden = self.norm(x)
+        hidden_states = None if seen is None else (embedded, *seen[:-1], hidden)
         if labels is None:
-            return CausalLMOutput(after, logits=nn.functional.linear(self.norm(x), self.head))
-        total, count = self.loss(x, labels)
+            logits = nn.functional.linear(hidden, self.head)
+            return CausalLMOutput(after, logits=logits, hidden_states=hidden_states)
+        total, count = self.loss(hidden, labels)
         if num_items_in_batch is None:
             num_items_in_batch = count.clamp(min=1)
-        return CausalLMOutput(after, loss=total / num_items_in_batch)
+        return CausalLMOutput(after, loss=total / num_items_in_batch, hidden_states=hidden_states)
 
-    def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        """What layers turn queries and keys of these positions [B, T] by; dtype: of the activations."""
-        c = self.config
-        return rotation(positions, c.rotary_dim, c.rope_theta, torch.promote_types(dtype, torch.float32))
+    def rotations(self, positions: Tensor, dtype: torch.dtype) -> Rotations:
+        """What the layers turn queries and keys of these positions [B, T] by; dtype: of the activations."""
+        layers = (layer.config for layer in self.layers if layer is not None)
+        dims = (c.rotary_dim for c in layers if c.has_attention)
+        return rotations(positions, dims, self.config.rope_theta, torch.promote_types(dtype, torch.float32))
 
     def run_layers(
         self,
         x: Tensor,
-        by: Rotation,
+        by: Rotations,
         positions: Tensor | None,
         states: Sequence[LayerState] | None = None,
         layers: range | None = None,
+        seen: list[Tensor] | None = None,
     ) -> tuple[Tensor, tuple[LayerState, ...]]:
         """The last layer's output [B, T, dim] and every layer's new state. states: of all layers of the model, before; layers:
-        which to run, None: all."""
+        which to run, None: all; seen: gets each layer's output."""
         after = []
         for i in layers or range(len(self.layers)):
             arguments = (x, None if states is None else states[i], by, positions)
@@ -112,6 +116,8 @@ class TitansForCausalLM(nn.Module):
             else:
                 x, state = self.layers[i](*arguments)
             after.append(state)
+            if seen is not None:
+                seen.append(x)
         return x, tuple(after)
 
     @property
@@ -119,11 +125,16 @@ class TitansForCausalLM(nn.Module):
         """[vocab_size, dim]"""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).weight
 
-    def loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of the labels' losses and their number, from the last layer's output."""
-        return self.cross_entropy(self.norm(x).flatten(0, 1), self.head, labels.flatten())
+    def loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the labels' losses and their number. hidden [B, T, dim]: after the norm."""
+        return self.cross_entropy(hidden.flatten(0, 1), self.head, labels.flatten())
 
 
 def build_model(config: ModelConfig) -> TitansForCausalLM:
-    """The model of a configuration, freshly initialised from torch's global random state."""
-    return TitansForCausalLM(config)
+    """The model of a configuration, freshly initialised from torch's global random state; on the meta device, without values."""
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        model = TitansForCausalLM(config)
+    if device.type != "meta":
+        model.to_empty(device=device).init_weights()
+    return model

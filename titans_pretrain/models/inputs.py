@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from titans_pretrain.config.model import ModelConfig
-from titans_pretrain.models.state import LayerState, ModelState
+from titans_pretrain.models.state import ModelState
 
 
 def check_inputs(
@@ -38,13 +38,18 @@ def check_values(c: ModelConfig, tokens: Tensor, positions: Tensor | None, state
             )
         return
     multiple = c.document_multiple
-    if multiple == 1:
-        return
-    columns = torch.arange(positions.shape[1]) + (0 if state is None else _read_of(state.layers[0]))
-    if (positions[:, columns % multiple != 0] == 0).any():
+    grids = {(multiple, 0)} if state is None else _grids(c, state)
+    columns = torch.arange(positions.shape[1])
+    if any((positions[:, (columns + read) % every != 0] == 0).any() for every, read in grids):
         raise ValueError(f"a document starts off the grid: pad documents to a multiple of {multiple} tokens")
 
 
-def _read_of(layer: LayerState) -> int:
-    """Tokens of the half-read chunk, of mac's half-read segment."""
-    return layer.memory.memory.offset if layer.segment is None else layer.segment.keys[0].shape[1]
+def _grids(c: ModelConfig, state: ModelState) -> set[tuple[int, int]]:
+    """Of each layer: the tokens of its chunk (of mac's segment), and how many of one are read."""
+    found = set()
+    for layer, held in zip(c.layer_configs, state.layers, strict=True):
+        if held.segment is not None:
+            found.add((layer.document_multiple, held.segment.kv[0].shape[1]))
+        elif held.memory is not None:
+            found.add((layer.document_multiple, held.memory.memory.offset))
+    return found

@@ -14,66 +14,69 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans_pretrain.config.model import ModelConfig
+from titans_pretrain.config.model import LayerConfig
 from titans_pretrain.kernels.attention import segment_attention
-from titans_pretrain.models.attention import AttentionLayer
-from titans_pretrain.models.blocks import Block, Gate
-from titans_pretrain.models.memory import MemoryLayer
+from titans_pretrain.models.blocks import Block, Gate, build_attention, build_memory
+from titans_pretrain.models.linear import Projection
 from titans_pretrain.models.norm import RMSNorm
 from titans_pretrain.models.state import LayerState, MemoryLayerState, SegmentState
 
 
 class MacBlock(Block):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: LayerConfig):
         super().__init__(config)
         self.segment = config.mac.segment
-        self.memory = MemoryLayer(config)
-        self.attention = AttentionLayer(config)
-        self.write_norm = RMSNorm(
-            config.dim, config.norm_eps
-        )  # of the attention's output, before it is written to memory
-        self.gate = Gate(config)
+        self.memory = build_memory(config)
+        self.attention = build_attention(config)
+        self.write_norm = RMSNorm(config.dim, config.norm_eps)  # of what the attention gives the memory to write
+        self.gate = Gate(config.dim, config.norm_eps)
         self.retrieve_proj, self.memory_queries = None, None
         if config.mac.memory_tokens:
             shape = (config.mac.memory_tokens, config.memory.heads, config.dim // config.memory.heads)
             self.memory_queries = nn.Parameter(torch.randn(shape))
         else:
-            self.retrieve_proj = nn.Linear(config.dim, config.dim, bias=False)
+            self.retrieve_proj = Projection(config.dim, config.dim, config.init_std)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        if self.memory_queries is not None:
+            nn.init.normal_(self.memory_queries)
 
     def mix(self, x, state, by, positions):
+        by = by[self.attention.rotary_dim]
         queries = self.attention.queries(x, by)
-        keys, values = self.attention.keys_values(x, by)
+        k, v = self.attention.keys_values(x, by)
         retrieval = None
         if self.retrieve_proj is not None:
             retrieval = F.silu(self.retrieve_proj(x)).unflatten(-1, (self.memory.heads, -1))
-        persistent = self.attention.positionless(self.persistent)
+        spread = self.attention.spread
+        persistent = spread(self.attention.positionless(self.persistent))
         memory, segment = state.memory, state.segment
         if memory is None:
             memory = self.memory.opened(self.memory.initial(None), x.shape[0])
         outputs, reads = [], []
         start = 0
         while start < x.shape[1]:
-            before = 0 if segment is None else segment.keys[0].shape[1]
+            before = 0 if segment is None else segment.kv[0].shape[1]
             stop = min(x.shape[1], start + self.segment - before)
             here = slice(start, stop)
             if segment is None:
                 first = None if positions is None else positions[:, start] == 0
                 segment = self._open(memory, first)
             segment = self._extend(
-                segment, (keys[:, here], values[:, here]), retrieval if retrieval is None else retrieval[:, here],
+                segment, (k[:, here], v[:, here]), None if retrieval is None else retrieval[:, here],
                 (by[0][:, here], by[1][:, here]),
             )  # fmt: skip
             y = segment_attention(
-                queries[:, here], *segment.keys, *(segment.retrieved or (None, None)),
-                persistent=persistent, context=self._context(segment),
+                queries[:, here], *spread(segment.kv), *(spread(segment.retrieved) or (None, None)),
+                persistent=persistent, context=spread(self._context(segment)),
             )  # fmt: skip
             y = self.attention.merge(y)
-            m, memory = self.memory(
-                self.write_norm(y), memory, None if positions is None else positions[:, here].contiguous()
-            )
+            written = None if positions is None else positions[:, here].contiguous()
+            m, memory = self.memory(self.write_norm(y), memory, written)
             outputs.append(y)
             reads.append(m)
-            if segment.keys[0].shape[1] == self.segment:
+            if segment.kv[0].shape[1] == self.segment:
                 segment = None
             start = stop
         return self.gate(torch.cat(outputs, 1), torch.cat(reads, 1)), LayerState(memory=memory, segment=segment)
@@ -86,13 +89,13 @@ class MacBlock(Block):
             weights = tuple(torch.where(first.view(-1, 1, 1, 1), f, w) for f, w in zip(fresh, weights, strict=True))
         return SegmentState(weights, None, None)
 
-    def _extend(self, segment, keys, retrieval, by) -> SegmentState:
+    def _extend(self, segment, kv, retrieval, by) -> SegmentState:
         """The segment with more tokens: their keys and values, and those of what is retrieved for them."""
         retrieved = None
         if retrieval is not None:
-            h = self.memory.retrieve(retrieval, segment.weights).to(keys[0].dtype)
+            h = self.memory.retrieve(retrieval, segment.weights).to(kv[0].dtype)
             retrieved = _append(segment.retrieved, self.attention.keys_values(h, by))
-        return SegmentState(segment.weights, _append(segment.keys, keys), retrieved)
+        return SegmentState(segment.weights, _append(segment.kv, kv), retrieved)
 
     def _context(self, segment: SegmentState) -> tuple[Tensor, Tensor] | None:
         if self.memory_queries is None:

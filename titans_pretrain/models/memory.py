@@ -1,12 +1,15 @@
 """The neural memory as a layer (Titans section 3.1): projections, short convolutions, gates, scan, norm, output gate."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans_pretrain.config.model import ModelConfig
+from titans_pretrain.config.model import MemoryConfig
 from titans_pretrain.kernels.memory_scan import MemoryState, memory_read, memory_scan, memory_step, telescope
 from titans_pretrain.kernels.short_conv import causal_conv
+from titans_pretrain.models.linear import GateProjection, Projection, small_init
 from titans_pretrain.models.norm import RMSNorm
 from titans_pretrain.models.state import InitialMemory, MemoryLayerState
 
@@ -16,51 +19,66 @@ PIECE = 8192  # tokens read at a time: on a CPU the working memory of longer cal
 
 
 class MemoryLayer(nn.Module):
-    """Reads x [B, T, dim] into a memory of its own per head and out of it. H heads of D = dim / H, L memory layers."""
+    """Reads x [B, T, dim] into a memory of its own per head and out of it. H heads of D = dim / H, L memory layers.
 
-    def __init__(self, config: ModelConfig):
+    init_std, out_std: of the projections in and out; None: sqrt(2 / (5 dim)), and as in. Raises ValueError where heads do not
+    divide dim.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        config: MemoryConfig,
+        *,
+        norm_eps: float = 1e-6,
+        init_std: float | None = None,
+        out_std: float | None = None,
+    ):
         super().__init__()
+        if dim % config.heads:
+            raise ValueError(f"dim={dim} is not divisible by heads={config.heads} of the memory")
         self.hidden_group = None  # ranks that each hold a part of the hidden size; set from outside (memory_scan)
-        self.config = memory = config.memory
-        self.heads = memory.heads
-        dim, size = config.dim, config.dim // memory.heads
-        hidden = int(memory.expansion * size)
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.k_proj = nn.Linear(dim, dim, bias=False)
-        self.v_proj = nn.Linear(dim, dim, bias=False)
-        self.g_proj = nn.Linear(dim, dim, bias=False)  # output gate
-        self.o_proj = nn.Linear(dim, dim, bias=False)
-        self.q_conv, self.k_conv, self.v_conv = (nn.Parameter(torch.empty(dim, memory.conv_size)) for _ in range(3))
-        gates = memory.heads * (memory.depth if memory.per_layer_gates else 1)
-        self.forget_proj = nn.Linear(dim, gates)
-        self.momentum_proj = nn.Linear(dim, gates)
-        self.lr_proj = nn.Linear(dim, gates)
-        self.norm = RMSNorm(size, config.norm_eps)
-        widths = [size, *[hidden] * (memory.depth - 1), size]
+        self.config, self.heads = config, config.heads
+        self.std = std = init_std or small_init(dim)
+        self.q_proj = Projection(dim, dim, std)
+        self.k_proj = Projection(dim, dim, std)
+        self.v_proj = Projection(dim, dim, std)
+        self.g_proj = Projection(dim, dim, std)  # output gate
+        self.o_proj = Projection(dim, dim, out_std or std)
+        self.q_conv, self.k_conv, self.v_conv = (nn.Parameter(torch.empty(dim, config.conv_size)) for _ in range(3))
+        gates = config.heads * (config.depth if config.per_layer_gates else 1)
+        self.forget_proj = GateProjection(dim, gates, std, bias=-6.0)
+        self.momentum_proj = GateProjection(dim, gates, std, bias=0.0)
+        self.lr_proj = GateProjection(dim, gates, std, bias=0.0)
+        widths = config.widths(dim)
+        self.norm = RMSNorm(widths[0], norm_eps)
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(memory.heads, widths[i], widths[i + 1])) for i in range(memory.depth)
+            nn.Parameter(torch.empty(config.heads, rows, columns)) for rows, columns in itertools.pairwise(widths)
         )
-        self.reset_parameters(config.init_std)
+        self._init_own()
 
-    def reset_parameters(self, std: float) -> None:
+    def init_weights(self) -> None:
         """Gates start at alpha = sigmoid(-6), and half of eta's and theta's maximum.
 
         With residual_norm the first and last matrix of the memory have unit entries: for keys of unit length each layer then
         adds about 2 to the curvature of a token's inner loss, so that steps of theta = 0.1 are small ones. (Entries of
         1 / sqrt(d_in) would make the last layer's 2 * d_in: through the norm, the gradient grows as the inverse of the weights.)
         """
-        for name in ("q", "k", "v"):
-            nn.init.normal_(getattr(self, f"{name}_conv"), std=self.config.conv_size**-0.5)
-        nn.init.constant_(self.forget_proj.bias, -6.0)
-        nn.init.zeros_(self.momentum_proj.bias)
-        nn.init.zeros_(self.lr_proj.bias)
+        for child in self.children():
+            if child is not self.weights:
+                child.init_weights()
+        self._init_own()
+
+    def _init_own(self) -> None:
+        for conv in (self.q_conv, self.k_conv, self.v_conv):
+            nn.init.normal_(conv, std=self.config.conv_size**-0.5)
         for w in self.weights:
             nn.init.normal_(w, std=w.shape[1] ** -0.5)
         if self.config.residual_norm:
             nn.init.normal_(self.weights[0])
             nn.init.normal_(self.weights[-1])
         else:
-            nn.init.normal_(self.weights[-1], std=std)
+            nn.init.normal_(self.weights[-1], std=self.std)
 
     def forward(
         self,
@@ -165,10 +183,7 @@ class MemoryLayer(nn.Module):
         c = self.config
         gates = []
         for proj, high in ((self.forget_proj, 1.0), (self.momentum_proj, c.max_momentum), (self.lr_proj, c.max_lr)):
-            # The bias after the product, in float32: a bfloat16 sum with -6 leaves a handful of different alphas.
-            g = F.linear(x, proj.weight)
-            dtype = torch.promote_types(g.dtype, torch.float32)
-            g = torch.sigmoid(g.to(dtype) + proj.bias.to(dtype)).unflatten(-1, (self.heads, -1)) * high
+            g = torch.sigmoid(proj(x)).unflatten(-1, (self.heads, -1)) * high
             if positions is not None:
                 g = g.masked_fill((positions < 0)[..., None, None], 0.0)
             gates.append(g)
@@ -178,7 +193,9 @@ class MemoryLayer(nn.Module):
         """The gates as the scan takes them, theta telescoped, and the history of a half-read chunk."""
         c = self.config
         if c.step == "telescoped":
-            lr, history = telescope(lr, k, chunk_size=c.chunk_size, coefficient=c.step_coefficient, history=history)
+            lr, history = telescope(
+                lr, k, chunk_size=c.chunk_size, coefficient=c.telescope_coefficient, history=history
+            )
             if not c.residual_norm:
                 lr = lr * (1 - momentum)
         if c.damping and c.depth > 2:

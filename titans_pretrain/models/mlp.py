@@ -3,15 +3,24 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans_pretrain.config.model import ModelConfig
+from titans_pretrain.models.linear import Projection, small_init
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, config: ModelConfig):
+    """[..., dim] -> [..., dim] through ffn_dim hidden values.
+
+    init_std, out_std: of the projections in and out; None: sqrt(2 / (5 dim)), and as in."""
+
+    def __init__(self, dim: int, ffn_dim: int, *, init_std: float | None = None, out_std: float | None = None):
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        std = init_std or small_init(dim)
+        self.gate_proj = Projection(dim, ffn_dim, std)
+        self.up_proj = Projection(dim, ffn_dim, std)
+        self.down_proj = Projection(ffn_dim, dim, out_std or std)
+
+    def init_weights(self) -> None:
+        for child in self.children():
+            child.init_weights()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -9,5 +9,8 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, size: int, eps: float):
         super().__init__(size, eps=eps)
 
+    def init_weights(self) -> None:
+        nn.init.ones_(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))

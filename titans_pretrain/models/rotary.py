@@ -4,10 +4,13 @@ The rest of a head carries no position. Persistent and queried keys live there, 
 the model is unchanged when a document is shifted.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each [B, T, 1, rotary_dim / 2]
+Rotations = dict[int, Rotation]  # by rotary_dim: what layers with heads of different sizes need
 
 
 def rotation(positions: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
@@ -15,6 +18,11 @@ def rotation(positions: Tensor, rotary_dim: int, theta: float, dtype: torch.dtyp
     exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float64) / rotary_dim
     angles = positions.clamp(min=0).double()[..., None, None] * theta**-exponent
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotations(positions: Tensor, rotary_dims: Iterable[int], theta: float, dtype: torch.dtype) -> Rotations:
+    """Of every rotary_dim that occurs among the layers."""
+    return {dim: rotation(positions, dim, theta, dtype) for dim in dict.fromkeys(rotary_dims)}
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:

@@ -29,7 +29,7 @@ class SegmentState:
     """A half-read MAC segment of n tokens."""
 
     weights: tuple[Tensor, ...]  # the memory's at the segment's start: what retrieval reads
-    keys: tuple[Tensor, Tensor]  # keys and values of the tokens, each [B, n, heads, head_dim]
+    kv: tuple[Tensor, Tensor]  # keys and values of the tokens, each [B, n, kv_heads, head_dim]
     retrieved: tuple[Tensor, Tensor] | None  # keys and values of the retrieved tokens, likewise
 
 
@@ -39,7 +39,7 @@ class LayerState:
     to the window (attention) or the segment (MAC), and with them under full attention."""
 
     memory: MemoryLayerState | None = None
-    keys: tuple[Tensor, Tensor] | None = None  # the attention window's tail, each [B, S, heads, head_dim]
+    kv: tuple[Tensor, Tensor] | None = None  # the attention window's tail, each [B, S, kv_heads, head_dim]
     segment: SegmentState | None = None
 
 

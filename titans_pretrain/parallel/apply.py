@@ -37,7 +37,7 @@ def parallelize(model: TitansForCausalLM, config: Config, mesh: Mesh) -> Paralle
         shard_tensors(model, sequence_parallel=p.sequence_parallel, memory_split=p.memory_split)
 
     # 2. Pipeline parallelism: this rank's layers, as stages.
-    layers = stage_layers(config.model, p.pp * p.stages_per_rank)[mesh.pipeline.rank :: p.pp]
+    layers = stage_layers(config.model, p.pp * p.stages_per_rank, config.data.seq_len)[mesh.pipeline.rank :: p.pp]
     keep_parts(model, (part for stage in layers for part in stage_parts(config.model, stage)))
     stages = [Stage(model, stage) for stage in layers]
     model.to(mesh.device)

@@ -3,12 +3,13 @@
 Nothing here starts a process or a group; mesh.py does.
 """
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import gcd
 
 from titans_pretrain.config import Config
-from titans_pretrain.config.model import ModelConfig
+from titans_pretrain.config.model import MemoryConfig, ModelConfig
+from titans_pretrain.models.costs import head_cost, layer_cost
 from titans_pretrain.parallel.zero_settings import zero_settings
 
 
@@ -89,43 +90,61 @@ def _check_zero(config: Config) -> None:
 
 
 def check_tensor_parallel(c: ModelConfig, tp: int, sequence_parallel: bool, memory_split: str) -> None:
-    """Raises ValueError where a model cannot be spread over tp ranks; the message names a setting that works."""
+    """Raises ValueError where a model cannot be spread over tp ranks; the message names the key and a setting that works."""
     if tp == 1:
         if sequence_parallel:
             raise ValueError(
                 "parallel.sequence_parallel splits the sequence over tensor-parallel ranks: with parallel.tp=1 set it to false"
             )
         return
-    hidden = c.has_memory and memory_split == "hidden"
-    if hidden and c.memory.depth != 2:
+    hidden = memory_split == "hidden"
+    sizes, other_ways = {"model.vocab_size": c.vocab_size}, {}
+    for i, layer in enumerate(c.layer_configs):
+        key = partial(_key_of, c, i)
+        sizes[key("ffn_dim")] = layer.ffn_dim
+        if layer.has_attention:
+            sizes[key("heads")] = layer.heads
+            if layer.kv_heads != layer.heads:
+                sizes[key("kv_heads")] = layer.kv_heads
+                larger = [n for n in range(tp, layer.heads + 1, tp) if layer.heads % n == 0]
+                other_ways[key("kv_heads")] = [f"{key('kv_heads')}={n}" for n in larger[:1]]
+        if layer.has_memory and hidden:
+            _check_hidden_split(layer.memory, key)
+            inner = f"the hidden size of a memory, {key('memory.expansion')} * model.dim / {key('memory.heads')}"
+            sizes[inner] = layer.memory.widths(c.dim)[1]
+        elif layer.has_memory:
+            sizes[key("memory.heads")] = layer.memory.heads
+            if all(other.memory.depth == 2 for other in c.layer_configs if other.has_memory):
+                other_ways[key("memory.heads")] = ["parallel.memory_split=hidden"]
+        other_ways[key("ffn_dim")] = [f"{key('ffn_dim')}={-(-layer.ffn_dim // tp) * tp}"]
+    other_ways["model.vocab_size"] = [f"model.vocab_size={-(-c.vocab_size // tp) * tp}"]
+    common = gcd(*sizes.values())
+    legal = [str(n) for n in range(1, common + 1) if common % n == 0]
+    for name, size in sizes.items():
+        if size % tp:
+            ways = [f"parallel.tp={' or '.join(legal)}", *other_ways.get(name, [])]
+            raise ValueError(f"{name}={size} does not divide over parallel.tp={tp}: use {', or '.join(ways)}")
+
+
+def _check_hidden_split(memory: MemoryConfig, key: Callable[[str], str]) -> None:
+    if memory.depth != 2:
         raise ValueError(
-            f"parallel.memory_split=hidden needs model.memory.depth=2, got {c.memory.depth}: use parallel.memory_split=heads"
+            f"parallel.memory_split=hidden needs {key('memory.depth')}=2, got {memory.depth}: use parallel.memory_split=heads"
         )
-    if hidden and c.memory.backend == "reference":
+    if memory.backend == "reference":
         raise ValueError(
             "parallel.memory_split=hidden cannot run model.memory.backend=reference: use auto or chunked, or "
             "parallel.memory_split=heads"
         )
-    sizes = {"model.vocab_size": c.vocab_size, "model.ffn_dim": c.ffn_dim}
-    if c.has_attention:
-        sizes["model.heads"] = c.heads
-    if hidden:
-        sizes["the hidden size of a memory, model.memory.expansion * model.dim / model.memory.heads"] = int(
-            c.memory.expansion * (c.dim // c.memory.heads)
-        )
-    elif c.has_memory:
-        sizes["model.memory.heads"] = c.memory.heads
-    common = gcd(*sizes.values())
-    legal = [str(n) for n in range(1, common + 1) if common % n == 0]
-    for name, size in sizes.items():
-        if size % tp == 0:
-            continue
-        ways = [f"parallel.tp={' or '.join(legal)}"]
-        if name in ("model.vocab_size", "model.ffn_dim"):
-            ways.append(f"{name}={-(-size // tp) * tp}")
-        if name == "model.memory.heads" and c.memory.depth == 2:
-            ways.append("parallel.memory_split=hidden")
-        raise ValueError(f"{name}={size} does not divide over parallel.tp={tp}: use {', or '.join(ways)}")
+
+
+def _key_of(c: ModelConfig, layer: int, name: str) -> str:
+    """The key that gives a layer this value: its entry's in model.pattern, or the model's own."""
+    entry = layer % len(c.pattern or [None])
+    found = c.pattern[entry] if c.pattern else {}
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return f"model.{name}" if found is None else f"model.pattern[{entry}].{name}"
 
 
 def cut_layers(costs: Sequence[float], first: float, last: float, stages: int) -> list[range]:
@@ -158,21 +177,6 @@ def cut_layers(costs: Sequence[float], first: float, last: float, stages: int) -
     return cuts[::-1]
 
 
-def layer_cost(c: ModelConfig) -> float:
-    """Multiply-adds of one block per token, forward."""
-    total = 3 * c.dim * c.ffn_dim
-    if c.has_attention:
-        seen = c.mac.segment if c.variant == "mac" else (c.window or 4096)
-        total += 4 * c.dim**2 + 2 * c.dim * seen
-    if c.has_memory:
-        size = c.dim // c.memory.heads
-        hidden = int(c.memory.expansion * size)
-        widths = [size, *[hidden] * (c.memory.depth - 1), size]
-        weights = c.memory.heads * sum(a * b for a, b in itertools.pairwise(widths))
-        total += 5 * c.dim**2 + 7 * weights  # keys, their gradient, reads of W and S, writes to both
-    return total
-
-
-def stage_layers(c: ModelConfig, stages: int) -> list[range]:
+def stage_layers(c: ModelConfig, stages: int, seq_len: int) -> list[range]:
     """The layers of each stage, balanced by cost; the head's counts, an embedding's lookup is free."""
-    return cut_layers([layer_cost(c)] * c.layers, 0.0, c.vocab_size * c.dim, stages)
+    return cut_layers([layer_cost(layer, seq_len) for layer in c.layer_configs], 0.0, head_cost(c), stages)

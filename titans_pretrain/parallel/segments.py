@@ -176,7 +176,7 @@ class _Pass:
         """The steps of this rank's i-th segment."""
         stage, model, number = self.stage, self.model, self.segmented.number(i)
         positions, labels = (_piece(t, i, self.segmented.segments) for t in (self.positions, self.labels))
-        by = model.rotation(positions, self.dtype)
+        by = model.rotations(positions, self.dtype)
         if stage.first:
             yield self._cell("enter", ["embed_tokens"], lambda tokens: (model.embed_tokens(tokens),))
         for name, layer in self.layers.items():
@@ -264,7 +264,7 @@ def state_template(block: nn.Module, batch: int, tokens: int, dtype: torch.dtype
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    memory = keys = None
+    memory = kv = None
     layer = getattr(block, "memory", None)
     if layer is not None:
         weights = tuple(
@@ -275,9 +275,9 @@ def state_template(block: nn.Module, batch: int, tokens: int, dtype: torch.dtype
     attention = getattr(block, "attention", None)
     if attention is not None and not isinstance(block, MacBlock):  # a MAC segment does not see the one before it
         kept = tokens if attention.window is None else min(attention.window - 1, tokens)
-        size = attention.k_proj.weight.shape[0] // attention.heads
-        keys = (empty(batch, kept, attention.heads, size, dtype=dtype),) * 2
-    return LayerState(memory=memory, keys=keys)
+        size = attention.k_proj.weight.shape[0] // attention.kv_heads
+        kv = (empty(batch, kept, attention.kv_heads, size, dtype=dtype),) * 2
+    return LayerState(memory=memory, kv=kv)
 
 
 def _bare(state: LayerState) -> LayerState:

@@ -27,12 +27,12 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, *, positions: Tensor, labels: Tensor) -> Tensor:
         if self.first:
             x = self.model.embed_tokens(x)
-        by = self.model.rotation(positions, x.dtype)
+        by = self.model.rotations(positions, x.dtype)
         x, _ = self.model.run_layers(x, by, positions, layers=self.layers)
         return self.loss(x, labels) if self.last else x
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        return self.model.loss(x, labels)[0].view(1)
+        return self.model.loss(self.model.norm(x), labels)[0].view(1)
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """By their names in the model."""

@@ -33,6 +33,10 @@ def shard_block(block: Block, sequence_parallel: bool, memory_split: str) -> Non
         _columns(attention, "q_proj", "k_proj", "v_proj")
         attention.o_proj = RowLinear(attention.o_proj, inside)
         attention.heads //= tensor_group().size()
+        attention.kv_heads //= tensor_group().size()
+        for norm in (attention.q_norm, attention.k_norm):  # they see this rank's heads only
+            if norm is not None:
+                sum_gradient(norm.weight)
     if (memory := getattr(block, "memory", None)) is not None:
         shard = {"heads": _shard_memory_heads, "hidden": _shard_memory_hidden}[memory_split]
         shard(memory, inside)

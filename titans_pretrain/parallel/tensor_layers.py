@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from titans_pretrain.models.causal_lm import CausalLMOutput
+from titans_pretrain.models.linear import GateProjection, linear_with_exact_bias
 
 
 def enter(x: Tensor, sequence_parallel: bool = False) -> Tensor:
@@ -96,6 +97,7 @@ class ColumnLinear(ColumnParallelLinear):
                 init_method=None, disable_grad_reduce=True,  # `enter` sums
             )  # fmt: skip
         self.weight = cut(linear.weight, 0)
+        self.product = linear_with_exact_bias if isinstance(linear, GateProjection) else F.linear
         if linear.bias is not None:
             self.bias = cut(linear.bias, 0)
 
@@ -103,7 +105,7 @@ class ColumnLinear(ColumnParallelLinear):
         return super().forward(x)[0]
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **_) -> Tensor:
-        return F.linear(input, weight, bias)  # megatron-core's own product knows CUDA's autocast only
+        return self.product(input, weight, bias)  # megatron-core's own knows CUDA's autocast only
 
 
 class RowLinear(RowParallelLinear):

@@ -88,7 +88,7 @@ def test_changed_keys_names_both_values(small):
         ("train.lr=fast", "train.lr = 'fast': must be a number"),
         ("model.window=wide", "model.window = 'wide': must be an integer or null"),
         ("model.tie_embeddings=1", "model.tie_embeddings = 1: must be true or false"),
-        ("model.variant=mamba", "model.variant = 'mamba': must be lmm or mac or mag or mal or transformer"),
+        ("model.variant=mamba", "model.variant is 'mamba'; legal are lmm, mac, mag, mal, transformer"),
         ("train.precision=fp16", "train.precision = 'fp16': must be fp32 or bf16"),
         ("data.mixture={a: x}", "data.mixture.a = 'x': must be a valid number"),
         ("data.mixture={a: 0}", "data.mixture gives 'a' the weight 0.0; weights must be positive"),
