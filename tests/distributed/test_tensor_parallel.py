@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from titans_pretrain.config.model import MacConfig, MemoryConfig, ModelConfig
 from titans_pretrain.kernels.cross_entropy import linear_cross_entropy
 from titans_pretrain.models import build_model
+from titans_pretrain.parallel.layout import check_tensor_parallel
 from titans_pretrain.parallel.megatron import load_megatron
 from titans_pretrain.parallel.mesh import leave_mesh
 from titans_pretrain.parallel.splits import vocabulary_split
-from titans_pretrain.parallel.tensor import check_tensor_parallel, shard_tensors
+from titans_pretrain.parallel.tensor import shard_tensors
 
 ROWS, TOKENS, VOCAB, DIM = 2, 64, 48, 32
 

@@ -27,57 +27,13 @@ the tokens (with sequence parallelism: the norms) are summed once in each backwa
 """
 
 from functools import partial
-from math import gcd
 from typing import Literal
 
-from titans_pretrain.config.model import ModelConfig
 from titans_pretrain.kernels.cross_entropy import linear_cross_entropy
 from titans_pretrain.models.causal_lm import TitansForCausalLM
+from titans_pretrain.parallel.layout import check_tensor_parallel
 from titans_pretrain.parallel.megatron import load_megatron
 from titans_pretrain.parallel.splits import vocabulary_split
-
-
-def check_tensor_parallel(c: ModelConfig, tp: int, sequence_parallel: bool, memory_split: str) -> None:
-    """Raises ValueError where a model cannot be spread over tp ranks; the message names a setting that works."""
-    if tp == 1:
-        if sequence_parallel:
-            raise ValueError(
-                "parallel.sequence_parallel splits the sequence over tensor-parallel ranks: with parallel.tp=1 set it to false"
-            )
-        return
-    hidden = c.has_memory and memory_split == "hidden"
-    layers = c.layer_configs
-    memories = [layer.memory for layer in layers if layer.has_memory]
-    depths = {m.depth for m in memories} - {2}
-    if hidden and depths:
-        raise ValueError(
-            f"parallel.memory_split=hidden needs model.memory.depth=2, got {min(depths)}: use parallel.memory_split=heads"
-        )
-    if hidden and c.memory.backend == "reference":
-        raise ValueError(
-            "parallel.memory_split=hidden cannot run model.memory.backend=reference: use auto or chunked, or "
-            "parallel.memory_split=heads"
-        )
-    sizes = [("model.vocab_size", c.vocab_size), *(("model.ffn_dim", layer.ffn_dim) for layer in layers)]
-    for layer in layers:
-        if layer.has_attention:
-            sizes += [("model.heads", layer.heads), ("model.kv_heads", layer.kv_heads)]
-    inner = "the hidden size of a memory, model.memory.expansion * model.dim / model.memory.heads"
-    sizes += [
-        (inner, int(m.expansion * (c.dim // m.heads))) if hidden else ("model.memory.heads", m.heads) for m in memories
-    ]
-    sizes = list(dict.fromkeys(sizes))
-    common = gcd(*(size for _, size in sizes))
-    legal = [str(n) for n in range(1, common + 1) if common % n == 0]
-    for name, size in sizes:
-        if size % tp == 0:
-            continue
-        ways = [f"parallel.tp={' or '.join(legal)}"]
-        if name in ("model.vocab_size", "model.ffn_dim"):
-            ways.append(f"{name}={-(-size // tp) * tp}")
-        if name == "model.memory.heads" and not depths:
-            ways.append("parallel.memory_split=hidden")
-        raise ValueError(f"{name}={size} does not divide over parallel.tp={tp}: use {', or '.join(ways)}")
 
 
 def shard_tensors(
