@@ -35,13 +35,11 @@ UNDAMPED = {"damping": 0.0, "step": "plain", "max_lr": 0.1}
 
 
 def setting(c: float, g: float | None, max_lr: float, **other) -> dict:
-    if not c and g is None:
-        return {**UNDAMPED, "max_lr": max_lr, **other}
-    step = {"step": "plain"} if g is None else {"step": "telescoped", "step_coefficient": g}
-    return {"damping": c, **step, "max_lr": max_lr, **other}
+    step = {"step": "plain"} if g is None else {"step": "telescoped", "step_coefficient": float(g)}
+    return {"damping": float(c), **step, "max_lr": float(max_lr), **other}
 
 
-CHOSEN = setting(1.0, 0.8, 0.8)
+CHOSEN = setting(1.0, 1.2, 1.6)
 
 
 def points() -> Iterator[dict]:
@@ -52,37 +50,46 @@ def points() -> Iterator[dict]:
             yield {"part": part, "variant": variant, "memory": memory, "seed": seed, **other}
 
     both = (UNDAMPED, CHOSEN)
-    for variant, dtype in itertools.product(("transformer", *MEMORIES), ("float32", "bfloat16")):
-        for memory in ({},) if variant == "transformer" else both:
-            yield from make("gradient", memory, variant, dtype=dtype)
     yield from make("recall", {}, "transformer")
     for memory in both:
         yield from make("recall", memory)
-        yield from make("text", memory)
-    for c, g, max_lr in ((1, 0.8, 0.4), (1, 0.8, 1.6), (2, 0.8, 0.8), (2, 0.8, 1.6), (0.5, 0.8, 0.4), (0.5, 0.8, 0.8)):
-        yield from make("recall", setting(c, g, max_lr))
-    for c, g, max_lr in ((1, None, 0.4), (1, 0.4, 0.8), (1, 1.2, 0.8), (0, 0.8, 0.1)):
-        yield from make("recall", setting(c, g, max_lr))
-    for shape in ({"chunk_size": 64}, {"depth": 1}, {"depth": 3}, {"expansion": 1}, {"expansion": 4}):
-        for memory in both:
-            yield from make("recall", memory | shape)
-    for expansion, depth in ((1, 2), (2, 2), (4, 2), (2, 3)):
-        yield from make("recall", CHOSEN | {"expansion": expansion, "depth": depth, "per_layer_gates": True})
-    for c, g, max_lr in itertools.product((0, 0.5, 1, 2), (None, 0.4, 0.8, 1.2), (0.1, 0.4, 0.8, 1.6)):
-        for chunk, depth in itertools.product((1, 16, 64), (1, 2, 3)):
-            shape = {"chunk_size": chunk, "depth": depth}
-            yield from make("gradient", setting(c, g, max_lr, **shape), seeds=range(2), rows=["equal", "half equal"])
-    for variant in ("transformer", "mag"):
+    for variant, dtype in itertools.product(("transformer", *MEMORIES), ("float32", "bfloat16")):
         for memory in ({},) if variant == "transformer" else both:
-            yield from make("text", memory, variant, seeds=range(3))
-    for variant in ("mag", "mal", "mac"):
+            yield from make("gradient", memory, variant, dtype=dtype)
+    for variant in ("transformer", "lmm"):
+        for memory in ({},) if variant == "transformer" else both:
+            yield from make("text", memory, variant)
+    for c, g, max_lr in itertools.product((0, 0.5, 1, 2), (None, 0.8, 1.2, 2.0), (0.1, 0.8, 1.6, 3.2)):
+        yield from make("gradient", setting(c, g, max_lr), seeds=range(2), rows=["equal", "half equal"])
+    for chunk, depth in itertools.product((1, 16, 64), (1, 2, 3)):
         for memory in both:
-            yield from make("recall", memory, variant, seeds=range(2))
-    for expansion in (1, 4):
-        yield from make("text", CHOSEN | {"expansion": expansion}, seeds=range(3))
-    yield from make("text", CHOSEN | {"per_layer_gates": True}, seeds=range(3))
+            shape = {"chunk_size": chunk, "depth": depth}
+            yield from make("gradient", memory | shape, seeds=range(3), rows=["equal", "period 2"])
+    for variant in ("mag", "mal", "mac"):
+        yield from make("recall", CHOSEN, variant, seeds=range(2))
+    for c, g, max_lr in (
+        (1, 1.2, 0.8),
+        (1, 1.2, 3.2),
+        (1, 2, 1.6),
+        (0.5, 1.2, 1.6),
+        (2, 1.2, 3.2),
+        (1, 0.8, 1.6),
+        (1, None, 0.4),
+    ):
+        yield from make("recall", setting(c, g, max_lr), seeds=range(2))
+    for shape in ({"chunk_size": 64}, {"depth": 1}, {"depth": 3}, {"expansion": 1}, {"expansion": 4}):
+        yield from make("recall", CHOSEN | shape, seeds=range(2))
+    for expansion, depth in ((1, 2), (2, 2), (4, 2), (2, 3)):
+        yield from make(
+            "recall", CHOSEN | {"expansion": expansion, "depth": depth, "per_layer_gates": True}, seeds=range(2)
+        )
+    for other in ({"expansion": 1}, {"expansion": 4}, {"per_layer_gates": True}, {"depth": 1}, {"depth": 3}):
+        yield from make("text", CHOSEN | other, seeds=range(2))
+    for variant in ("mag", "mac"):
+        for memory in both:
+            yield from make("text", memory, variant, seeds=range(2))
     for memory in both:
-        yield from make("recall", memory | {"chunk_size": 1}, seeds=range(2))
+        yield from make("recall", memory | {"chunk_size": 1}, seeds=range(1))
 
 
 def build(point: dict, vocab: int):
@@ -203,7 +210,9 @@ def describe(memory: dict) -> str:
         return ""
     g = memory["step_coefficient"] if memory["step"] == "telescoped" else "none"
     rest = {k: v for k, v in memory.items() if k not in ("damping", "step", "step_coefficient", "max_lr")}
-    return f"c {memory['damping']:g}, g {g}, max_lr {memory['max_lr']:g}" + "".join(f", {k} {v}" for k, v in rest.items())
+    return f"c {memory['damping']:g}, g {g}, max_lr {memory['max_lr']:g}" + "".join(
+        f", {k} {v}" for k, v in rest.items()
+    )
 
 
 def ratios(found: list[dict]) -> Iterator[tuple[dict, str, float]]:

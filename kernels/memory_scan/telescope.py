@@ -1,11 +1,12 @@
 """The telescoped step: a rescaling of theta that keeps the summed step of a chunk stable.
 
-    theta'_t = theta_t prod_{j<t in the chunk} (1 - min(g theta_j |k_j.k_t|, 0.999))
+    theta'_t = (1 - eta_t) theta_t prod_{j<t in the chunk} (1 - min(g theta_j |k_j.k_t|^p, 0.999))
 
-g is the curvature of a token's inner loss for a key of unit length: 2 for the linear memory, where a chunk of equal keys then writes
-in total what the token-by-token delta rule would, and less for a damped gradient. Orthogonal keys are untouched. It depends on lr
-and k alone, so it is a pre-processing of `lr` and the scan does not know of it. Momentum repeats each write up to 1 / (1 - eta)
-times: where nothing else bounds that, scale by 1 - eta outside the product; inside, the product would only saturate later.
+With p = 2 the factors are k_t^T (I - g theta_j k_j k_j^T) k_t, what token-by-token steps of a delta rule leave of k_t along itself;
+p = 1 is more careful with keys that overlap in part. For equal keys the summed step stays below 1 / g either way; orthogonal keys
+are untouched. Momentum repeats each write up to 1 / (1 - eta) times, so its factor stands outside the product: inside, the product
+would only saturate later. All of it depends on lr, momentum and k alone, so it is a pre-processing of `lr` and the scan does not
+know of it. docs/stability.md has the argument.
 """
 
 from dataclasses import dataclass
@@ -25,20 +26,29 @@ class StepHistory:
 
 
 def telescope(
-    lr: Tensor, k: Tensor, *, chunk_size: int, coefficient: float = 2.0, history: StepHistory | None = None
+    lr: Tensor,
+    momentum: Tensor,
+    k: Tensor,
+    *,
+    chunk_size: int,
+    coefficient: float = 2.0,
+    power: int = 1,
+    history: StepHistory | None = None,
 ) -> tuple[Tensor, StepHistory | None]:
     """Telescoped theta for T tokens.
 
-    lr [B, T, H, gates] (1 or the memory's depth), k [B, T, H, D] l2-normalised; coefficient: g; history: the tokens of the chunk
-    that an earlier call left half read. Returns lr' [B, T, H, gates], in float32 under autocast too, and the history for the next
-    call (None at a chunk's start).
+    lr and momentum [B, T, H, G] (G gates: 1 or the memory's depth), k [B, T, H, D] l2-normalised; coefficient: g; power: p, 1 or 2;
+    history: the tokens of the chunk that an earlier call left half read. Returns lr' [B, T, H, G] and the history for the next call (None at a chunk's start).
     """
-    if lr.ndim != 4 or k.ndim != 4 or lr.shape[:3] != k.shape[:3]:
+    if lr.ndim != 4 or k.ndim != 4 or lr.shape[:3] != k.shape[:3] or momentum.shape != lr.shape:
         raise ValueError(
-            f"lr is {tuple(lr.shape)} and k {tuple(k.shape)}; they must be [B, T, H, gates] and [B, T, H, D]"
+            "telescope needs lr and momentum [B, T, H, G] and k [B, T, H, D], "
+            f"got {tuple(lr.shape)}, {tuple(momentum.shape)} and {tuple(k.shape)}"
         )
-    if coefficient < 0:
-        raise ValueError(f"the coefficient of telescope must be 0 or more, got {coefficient}")
+    if coefficient < 0 or power not in (1, 2):
+        raise ValueError(
+            f"telescope needs a coefficient of 0 or more and a power of 1 or 2, got {coefficient} and {power}"
+        )
     lead = 0
     if history is not None:
         lead = history.keys.shape[1]
@@ -47,25 +57,26 @@ def telescope(
     whole = tokens // chunk_size * chunk_size
     parts = []
     if whole:
-        parts.append(_telescope_chunks(lr[:, :whole], k[:, :whole], chunk_size, coefficient))
+        parts.append(_telescope_chunks(lr[:, :whole], k[:, :whole], chunk_size, coefficient, power))
     if whole < tokens:
-        parts.append(_telescope_chunks(lr[:, whole:], k[:, whole:], tokens - whole, coefficient))
+        parts.append(_telescope_chunks(lr[:, whole:], k[:, whole:], tokens - whole, coefficient, power))
         rest = StepHistory(k[:, whole:], lr[:, whole:])
     else:
         rest = None
-    return torch.cat(parts, 1)[:, lead:], rest
+    return torch.cat(parts, 1)[:, lead:] * (1 - momentum), rest
 
 
-def _telescope_chunks(lr: Tensor, k: Tensor, size: int, coefficient: float) -> Tensor:
-    """lr [B, n * size, H, gates], k [B, n * size, H, D] -> lr', chunks of `size` on their own."""
+def _telescope_chunks(lr: Tensor, k: Tensor, size: int, coefficient: float, power: int) -> Tensor:
+    """lr [B, n*size, H, G], k [B, n*size, H, D] -> lr', chunks of `size` on their own."""
     with torch.autocast(lr.device.type, enabled=False):  # as the scan does
-        return _telescoped(lr, k, size, coefficient)
+        return _telescoped(lr, k, size, coefficient, power)
 
 
-def _telescoped(lr: Tensor, k: Tensor, size: int, coefficient: float) -> Tensor:
-    steps = lr.unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2)  # [B, n, H, gates, size]
+def _telescoped(lr: Tensor, k: Tensor, size: int, coefficient: float, power: int) -> Tensor:
+    steps = lr.unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2)  # [B, n, H, G, size]
     keys = k.unflatten(1, (-1, size)).transpose(2, 3).to(lr.dtype)  # [B, n, H, size, D]
-    overlap = coefficient * (keys @ keys.mT).abs().unsqueeze(3)  # [B, n, H, 1, t, j]
+    overlap = keys @ keys.mT
+    overlap = coefficient * (overlap.abs() if power == 1 else overlap.square()).unsqueeze(3)  # [B, n, H, 1, t, j]
     earlier = torch.ones(size, size, dtype=torch.bool, device=lr.device).tril(-1)
     shrink = (steps.unsqueeze(-2) * overlap).clamp(max=MAX_SHRINK).masked_fill(~earlier, 0)
     scale = torch.log1p(-shrink).sum(-1).exp()  # bounded away from log(0) by MAX_SHRINK

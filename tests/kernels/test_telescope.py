@@ -9,31 +9,34 @@ from titans_pretrain.kernels.memory_scan import MemoryState, memory_scan, telesc
 def inputs(tokens, gates=1):
     g = torch.Generator().manual_seed(0)
     k = torch.nn.functional.normalize(torch.randn(2, tokens, 2, 5, generator=g, dtype=torch.float64), dim=-1)
-    return torch.rand(2, tokens, 2, gates, generator=g, dtype=torch.float64), k
+    lr, momentum = (torch.rand(2, tokens, 2, gates, generator=g, dtype=torch.float64) for _ in range(2))
+    return lr, momentum, k
 
 
-@pytest.mark.parametrize("gates, coefficient", [(1, 2.0), (3, 2.0), (1, 0.8)])
-def test_formula(gates, coefficient):
-    lr, k = inputs(11, gates)
-    out, _ = telescope(lr, k, chunk_size=4, coefficient=coefficient)
-    expected = lr.clone()
+@pytest.mark.parametrize("gates, coefficient, power", [(1, 2.0, 1), (3, 2.0, 1), (1, 1.2, 2)])
+def test_formula(gates, coefficient, power):
+    lr, momentum, k = inputs(11, gates)
+    out, _ = telescope(lr, momentum, k, chunk_size=4, coefficient=coefficient, power=power)
+    expected = lr * (1 - momentum)
     for t in range(11):
         for j in range(t // 4 * 4, t):
-            overlap = (k[:, t] * k[:, j]).sum(-1, keepdim=True).abs()
+            overlap = (k[:, t] * k[:, j]).sum(-1, keepdim=True).abs() ** power
             expected[:, t] *= 1 - (coefficient * lr[:, j] * overlap).clamp(max=0.999)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=0)
 
 
 def test_split_invariance():
-    lr, k = inputs(13)
-    whole, last = telescope(lr, k, chunk_size=4)
+    lr, momentum, k = inputs(13)
+    whole, last = telescope(lr, momentum, k, chunk_size=4)
     parts, history = [], None
     for start, stop in ((0, 1), (1, 3), (3, 10), (10, 13)):
-        part, history = telescope(lr[:, start:stop], k[:, start:stop], chunk_size=4, history=history)
+        part, history = telescope(
+            lr[:, start:stop], momentum[:, start:stop], k[:, start:stop], chunk_size=4, history=history
+        )
         parts.append(part)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=0)
     assert torch.equal(history.keys, last.keys) and history.keys.shape[1] == 1
-    assert telescope(lr[:, :12], k[:, :12], chunk_size=4)[1] is None
+    assert telescope(lr[:, :12], momentum[:, :12], k[:, :12], chunk_size=4)[1] is None
 
 
 def test_equal_keys_write_what_the_delta_rule_would():
@@ -44,12 +47,12 @@ def test_equal_keys_write_what_the_delta_rule_would():
     none = torch.zeros_like(lr)
     start = MemoryState.initial((torch.zeros(1, 4, 4, dtype=torch.float64),), 1)
     _, exact = memory_scan(k, k, v, none, none, lr, start, chunk_size=1)
-    steps, _ = telescope(lr, k, chunk_size=8)
+    steps, _ = telescope(lr, none, k, chunk_size=8)
     _, chunk = memory_scan(k, k, v, none, none, steps, start, chunk_size=8)
     torch.testing.assert_close(chunk.weights[0], exact.weights[0], rtol=1e-10, atol=0)
 
 
 def test_bad_input():
-    lr, k = inputs(4)
+    lr, momentum, k = inputs(4)
     with pytest.raises(ValueError, match="lr"):
-        telescope(lr[:, :3], k, chunk_size=2)
+        telescope(lr[:, :3], momentum, k, chunk_size=2)

@@ -52,7 +52,7 @@ class MemoryConfig:
     forget_to: Literal["zero", "initial"] = "initial"  # what forgetting decays the weights towards
     damping: float = 0.0  # c of the damped inner gradient, with residual_norm; 0: the plain gradient
     step: Literal["plain", "telescoped"] = "plain"
-    step_coefficient: float | None = None  # g of the telescoped step; null: 0.8 with residual_norm, else 2
+    step_coefficient: float | None = None  # g of the telescoped step; null: 1.2 with residual_norm, else 2
     max_lr: float = 0.1  # theta = max_lr * sigmoid(.)
     max_momentum: float = 0.9  # eta = max_momentum * sigmoid(.)
     per_layer_gates: bool = False  # one gate per memory layer instead of one for all
@@ -78,7 +78,7 @@ class MemoryConfig:
         """g, resolved: the linear memory's curvature, or the damped norm's own."""
         if self.step_coefficient is not None:
             return self.step_coefficient
-        return 0.8 if self.residual_norm else 2.0
+        return 1.2 if self.residual_norm else 2.0
 
     def widths(self, dim: int) -> list[int]:
         """Sizes between the layers of one memory of a model of width `dim`: [D, F, ..., F, D]."""

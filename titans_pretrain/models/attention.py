@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from titans_pretrain.kernels.attention import sliding_window_attention
+from titans_pretrain.models.initialize import init_children
 from titans_pretrain.models.linear import Projection, small_init
 from titans_pretrain.models.norm import RMSNorm
 from titans_pretrain.models.rotary import Rotation, rotate, without_position
@@ -54,8 +55,7 @@ class AttentionLayer(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(size, norm_eps), RMSNorm(size, norm_eps)
 
     def init_weights(self) -> None:
-        for child in self.children():
-            child.init_weights()
+        init_children(self)
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from titans_pretrain.config.model import LayerConfig
 from titans_pretrain.models.attention import AttentionLayer
+from titans_pretrain.models.initialize import init_children
 from titans_pretrain.models.memory import MemoryLayer
 from titans_pretrain.models.mlp import SwiGLU
 from titans_pretrain.models.norm import RMSNorm
@@ -36,8 +37,7 @@ class Block(nn.Module):
 
     def init_weights(self) -> None:
         """Every parameter anew, from torch's global random state. A subclass with parameters of its own adds them."""
-        for child in self.children():
-            child.init_weights()
+        init_children(self)
         if self.persistent is not None:
             nn.init.normal_(self.persistent)
 
@@ -116,8 +116,7 @@ class Gate(nn.Module):
         self.m_norm = RMSNorm(dim, norm_eps)
 
     def init_weights(self) -> None:
-        for child in self.children():
-            child.init_weights()
+        init_children(self)
 
     def forward(self, y: Tensor, m: Tensor) -> Tensor:
         return self.y_norm(y) * torch.sigmoid(self.m_norm(m))

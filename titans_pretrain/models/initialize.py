@@ -6,6 +6,7 @@ from different generators.
 """
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,9 +26,16 @@ def initialize(model: nn.Module, seed: int) -> None:
         initialize_part(part, name, seed)
 
 
-def initialize_part(part: nn.Module, name: str, seed: int) -> None:
-    """part: has init_weights(). name: its place in the whole model, as named_parts gives it."""
+def initialize_part(part: Any, name: str, seed: int) -> None:
+    """part: a module with init_weights(). name: its place in the whole model, as named_parts gives it."""
     device = next(part.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]) >> 1)
         part.init_weights()
+
+
+def init_children(module: nn.Module) -> None:
+    """Calls init_weights() of each module directly inside; who holds bare parameters adds them."""
+    child: Any
+    for child in module.children():
+        child.init_weights()

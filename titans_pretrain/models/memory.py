@@ -63,9 +63,9 @@ class MemoryLayer(nn.Module):
         adds about 2 to the curvature of a token's inner loss, so that steps of theta = 0.1 are small ones. (Entries of
         1 / sqrt(d_in) would make the last layer's 2 * d_in: through the norm, the gradient grows as the inverse of the weights.)
         """
-        for child in self.children():
-            if child is not self.weights:
-                child.init_weights()
+        for name in ("q", "k", "v", "g", "o", "forget", "momentum", "lr"):
+            getattr(self, name + "_proj").init_weights()
+        self.norm.init_weights()
         self._init_own()
 
     def _init_own(self) -> None:
@@ -182,10 +182,9 @@ class MemoryLayer(nn.Module):
         c = self.config
         if c.step == "telescoped":
             lr, history = telescope(
-                lr, k, chunk_size=c.chunk_size, coefficient=c.telescope_coefficient, history=history
-            )
-            if not c.residual_norm:
-                lr = lr * (1 - momentum)
+                lr, momentum, k, chunk_size=c.chunk_size, coefficient=c.telescope_coefficient,
+                power=2 if c.residual_norm else 1, history=history,
+            )  # fmt: skip
         if c.damping and c.depth > 2:
             # The input of a layer between the first and the last has a square norm of about F where the first one's, a key, has 1,
             # and so has its share of the curvature.

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titans_pretrain.models.initialize import init_children
 from titans_pretrain.models.linear import Projection, small_init
 
 
@@ -19,8 +20,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Projection(ffn_dim, dim, out_std or std)
 
     def init_weights(self) -> None:
-        for child in self.children():
-            child.init_weights()
+        init_children(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
