@@ -6,6 +6,8 @@ import os
 import re
 import sys
 
+import titans_pretrain
+
 EXAMPLES = """\
 examples:
   titans-data tokenizer corpus/*.txt --out tokenizer --vocab-size 32000
@@ -55,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _parser_of(argparse.ArgumentParser, "titans-data", __doc__.split("\n")[0], EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {titans_pretrain.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_tokenizer(commands)
     _add_tokenize(commands)

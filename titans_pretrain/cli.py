@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import titans_pretrain
+
 _EXAMPLES = """examples:
   titans-pretrain plan configs/340m-mag.yaml                       size, FLOPs, memory and tokens before anything runs
   titans-pretrain train configs/tiny.yaml data.path=DATA           train; the same command again goes on where it stopped
@@ -47,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {titans_pretrain.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run, summary: str, example: str) -> argparse.ArgumentParser:

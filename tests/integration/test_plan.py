@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +23,11 @@ from titans_pretrain.parallel.zero_settings import zero_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "tiny.yaml"
-VARIANTS = ["lmm", "mac", "mag", "mal", "transformer"]
+VARIANTS = {variant: [f"model.variant={variant}"] for variant in ("lmm", "mac", "mag", "mal", "transformer")}
+VARIANTS["hybrid"] = [
+    "model.pattern=[{memory: {depth: 1}}, {variant: mac, heads: 4}, {variant: transformer, window: null, ffn_dim: 192}]",
+    "model.layers=3", "model.kv_heads=1", "model.head_dim=48",
+]  # fmt: skip
 SMALL = [
     "model.dim=128",
     "model.vocab_size=256",
@@ -53,7 +58,7 @@ def test_plan_prints_what_the_model_is(data, capsys):
 @pytest.mark.parametrize(("variant", "recompute"), [*((variant, "none") for variant in VARIANTS), ("mag", "block")])
 def test_plan_counts_flops_as_the_model_has_them(variant, recompute):
     """Within 5 % of torch's counter, which does not see attention's scores: they are taken out on both sides."""
-    config = load_config(TINY, [f"model.variant={variant}", f"train.recompute={recompute}", *SMALL])
+    config = load_config(TINY, [*VARIANTS[variant], f"train.recompute={recompute}", *SMALL])
     model = build_model(config.model)
     model.set_recompute(recompute)
     assert sum(parameters_by_part(model).values()) == sum(p.numel() for p in model.parameters())
@@ -73,7 +78,7 @@ def test_plan_counts_flops_as_the_model_has_them(variant, recompute):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_plan_counts_activations_as_the_model_keeps_them(variant):
     """Within 30 % of what autograd holds on to, without the memory's states that the scan keeps itself."""
-    config = load_config(TINY, [f"model.variant={variant}", *SMALL])
+    config = load_config(TINY, [*VARIANTS[variant], *SMALL])
     model = build_model(config.model)
     tokens = torch.zeros(1, 256, dtype=torch.int64)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -109,6 +114,39 @@ def test_a_layout_is_shown_with_its_stages_segments_and_traffic(capsys):
     sent = 4 * 13 * 4 * state / 2**20  # micro-batches, layers, states and gradients of two segments each
     assert found["ring"] == f"{sent:,.1f} MiB from a rank in a step; computes at best {26 / 29:.0%} of the time"
     assert found["ZeRO"] == "stage 1 over 8 ranks (dp x cp)"
+
+
+def test_layers_that_differ_are_shown_with_the_range_of_their_states(capsys):
+    """And each with what it costs: the stages' cuts follow."""
+    options = [
+        "model.layers=4",
+        "model.kv_heads=1",
+        "model.dim=64",
+        "model.memory.heads=2",
+        "parallel.segments_per_rank=2",
+    ]
+    pattern = "model.pattern=[mag, {variant: transformer, window: 9}, {variant: transformer, window: 5}, {variant: transformer, window: 5}]"
+    found = planned(capsys, TINY, pattern, *options, "parallel.pp=2")
+    memory = 2 * (2 * 2 * (2 * 32 * 128) * 4 + 3 * 3 * 64 * 4)  # rows, weights and surprise, tails of the convolutions
+    keys = 2 * 2 * 32 * 4  # rows, keys and values of one head, in float32
+    assert found["state"] == f"{4 * keys:,} to {memory + 63 * keys:,} bytes per layer and boundary of segments"
+    assert found["stages"] == "layers 0-0, 1-3"
+
+
+@pytest.mark.slow
+def test_a_large_model_is_planned_without_being_there():
+    """70B on 512 processes: the numbers of the whole in less than 1 GiB."""
+    code = (
+        "import resource, sys; from titans_pretrain import cli; assert cli.main(sys.argv[1:]) == 0; "
+        "print('resident', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    layout = ["parallel.tp=8", "parallel.pp=4", "parallel.zero_stage=1", "parallel.sequence_parallel=true"]
+    command = [sys.executable, "-c", code, "plan", str(CONFIGS / "70b-mag.yaml"), "--processes", "512", *layout]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "512: dp 16, cp 1, tp 8, pp 4" in text and "layers 0-16, 17-33, 34-50, 51-67" in text
+    total = int(re.search(r"total +([\d,]+)", text)[1].replace(",", ""))
+    assert 69e9 < total < 71e9
+    assert int(re.search(r"resident (\d+)", text)[1]) < 1024
 
 
 def test_segments_on_one_process_are_shown_without_a_ring(capsys):

@@ -31,6 +31,22 @@ CASES = {
     "linear-telescoped": config("mag", memory=dict(depth=1, residual_norm=False, step="telescoped", max_lr=0.5)),
     "deep-per-layer": config("lmm", memory=dict(depth=3, per_layer_gates=True, forget_to="zero", step="telescoped")),
     "untied-no-persistent": config("mal", persistent_tokens=0, tie_embeddings=False),
+    "hybrid": config(
+        "mag",
+        pattern=["mag", "lmm", {"variant": "transformer", "window": None, "head_dim": 6, "persistent_tokens": 1}],
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        qk_norm=True,
+    ),
+    "hybrid-memories": config(
+        "lmm",
+        kv_heads=1,
+        pattern=[
+            {"variant": "mac", "memory": {"depth": 1, "residual_norm": False, "step": "telescoped"}, "qk_norm": True},
+            {"variant": "mal", "memory": {"chunk_size": 8, "heads": 4}, "window": 3, "ffn_dim": 20},
+        ],
+    ),
 }
 cases = pytest.mark.parametrize("name", CASES)
 
@@ -194,8 +210,46 @@ def test_bfloat16_autocast(name):
         out = model(x, labels=labels)
     out.loss.backward()
     assert out.loss.isfinite() and abs(out.loss - expected) < 0.1
-    if out.state.layers[0].memory is not None:
-        assert out.state.layers[0].memory.memory.weights[0].dtype == torch.float32
+    for layer in out.state.layers:
+        assert layer.memory is None or layer.memory.memory.weights[0].dtype == torch.float32
+
+
+@cases
+def test_hidden_states_are_those_of_hugging_face(name):
+    """The embedding's output and each layer's, the last one after the final norm: what the head reads."""
+    model, x = build(name), sample(13)
+    seen = []
+    for block in model.layers:
+        block.register_forward_hook(lambda _, args, out: seen.append((args[0], out[0])))
+    out = model(x, output_hidden_states=True)
+    assert len(out.hidden_states) == len(model.layers) + 1
+    for i, (before, after) in enumerate(seen):
+        assert torch.equal(out.hidden_states[i], before)
+        last = i == len(seen) - 1
+        assert torch.equal(out.hidden_states[i + 1], model.norm(after) if last else after)
+    head = (model.lm_head or model.embed_tokens).weight
+    close(out.hidden_states[-1] @ head.T, out.logits)
+    assert model(x).hidden_states is None
+    assert model(x, labels=x, output_hidden_states=True).hidden_states is not None
+
+
+def test_a_document_starts_where_every_layer_can():
+    """Chunks of 4 and 8: a start at 12 is one layer's alone, in a call that goes on as in one that begins."""
+    model, x = build("hybrid-memories"), sample(24, batch=1)
+    off = torch.tensor([[*range(12), *range(12)]])
+    with pytest.raises(ValueError, match="off the grid: pad documents to a multiple of 8 tokens"):
+        model(x, positions=off)
+    first = model(x[:, :5], positions=off[:, :5])
+    with pytest.raises(ValueError, match="off the grid"):
+        model(x[:, 5:], positions=off[:, 5:], state=first.state)
+    on = torch.tensor([[*range(16), *range(8)]])
+    model(x[:, 5:], positions=on[:, 5:], state=first.state)
+
+
+def test_a_state_holds_the_shared_heads_only():
+    state = build("hybrid")(sample(21)).state
+    shapes = [None if layer.kv is None else tuple(layer.kv[0].shape) for layer in state.layers]
+    assert shapes == [(2, WINDOW - 1, 2, 4), None, (2, 21, 2, 6)]
 
 
 @cases

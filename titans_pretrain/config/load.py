@@ -29,6 +29,10 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as e:
         raise ValueError(f"{path}: {_first_line(e)}") from e
+    except TypeError as e:  # a list meets a mapping
+        raise ValueError(
+            f"{path}: {_first_line(e)}: an override cannot reach into a list, give all of it, as 'model.pattern=[mag, lmm]'"
+        ) from e
     try:
         config = from_dict(values)
     except ValueError as e:
@@ -169,7 +173,14 @@ def _explain(error: dict) -> str:
     return f"{'.'.join(map(str, error['loc']))} = {error['input']!r}: must be {legal}"
 
 
-_KIND_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+_KIND_NAMES = {
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+    type(None): "null",
+}
 
 
 def _choices(kind) -> str:

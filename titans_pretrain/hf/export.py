@@ -73,6 +73,11 @@ def export_model(
 
     out_dir, tokenizer_dir = Path(out_dir), Path(tokenizer_dir)
     check_target(out_dir, dtype)
+    for name in model_config.variants:
+        if not isinstance(VARIANTS[name].block, str):
+            raise ValueError(
+                f"variant {name!r} is not part of this package, so its code cannot be exported: see docs/adding-a-variant.md"
+            )
     tokenizer = read_tokenizer_entry(tokenizer_dir)
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
