@@ -65,9 +65,10 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: P
     validator = None
     if config.train.eval_every:
         validator = Validator(build_reader(config, split="validation", epochs=1, **place), config.train.eval_batches)
-    model = build_model(config.model)
+    with torch.device("meta"):
+        model = build_model(config.model)
     parameters = sum(p.numel() for p in model.parameters())
-    engine = build_engine(config, model, mesh)
+    engine = build_engine(config, model, mesh, initialise=checkpoint is None)
     trainer = Trainer(config, engine, reader, validator, mesh.device)
     if checkpoint is not None:
         trainer.resume(checkpoint)

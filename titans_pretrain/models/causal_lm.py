@@ -25,7 +25,7 @@ class CausalLMOutput:
     state: ModelState
     logits: Tensor | None = None  # [B, T, vocab_size], without labels
     loss: Tensor | None = None  # scalar, with labels
-    hidden_states: tuple[Tensor, ...] | None = None  # if asked for: of embedding and each layer, the last one normalised
+    hidden_states: tuple[Tensor, ...] | None = None  # of embedding and layers, if asked for; the last one normalised
 
 
 class TitansForCausalLM(nn.Module):

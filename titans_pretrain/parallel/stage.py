@@ -4,12 +4,13 @@ Without pipeline parallelism the one stage is the whole model. What a rank does 
 checkpoints and optimizers do not see how it was cut.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
 from titans_pretrain.config.model import ModelConfig
 from titans_pretrain.models.causal_lm import TitansForCausalLM
+from titans_pretrain.models.initialize import named_parts
 
 
 class Stage(nn.Module):
@@ -64,3 +65,10 @@ def keep_parts(model: TitansForCausalLM, parts: Iterable[str]) -> None:
             model.layers[i] = None
     for name in {"embed_tokens", "norm", "lm_head"} - parts:
         setattr(model, name, None)
+
+
+def replace_parts(model: TitansForCausalLM, f: Callable[[str, nn.Module], nn.Module]) -> None:
+    """Puts f(name, part) in the place of every part that is there, one after the other."""
+    for name, part in named_parts(model).items():
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, f(name, part))

@@ -29,11 +29,14 @@ the tokens (with sequence parallelism: the norms) are summed once in each backwa
 from functools import partial
 from typing import Literal
 
+from torch import nn
+
 from titans_pretrain.kernels.cross_entropy import linear_cross_entropy
 from titans_pretrain.models.causal_lm import TitansForCausalLM
 from titans_pretrain.parallel.layout import check_tensor_parallel
 from titans_pretrain.parallel.megatron import load_megatron
 from titans_pretrain.parallel.splits import vocabulary_split
+from titans_pretrain.parallel.stage import replace_parts
 
 
 def shard_tensors(
@@ -41,26 +44,42 @@ def shard_tensors(
 ) -> None:
     """Keeps this rank's slice of the weights, in place, and puts the communication in.
 
-    Call after megatron-core's groups are up, on every rank of the tensor-parallel group alike, with the same initialised weights
-    of any floating dtype. All parameters keep their names; a sharded one carries megatron-core's `tensor_model_parallel` and
-    `partition_dim`. With sequence_parallel the activations between the parts of a block are [B, T / TP, dim], and T must be a
-    multiple of TP. Every rank is given the same tokens and returns the same loss, or the logits of the whole vocabulary.
+    Call after megatron-core's groups are up, on every rank of the tensor-parallel group alike, with the same weights of any
+    floating dtype, or on the meta device. All parameters keep their names; a sharded one carries megatron-core's
+    `tensor_model_parallel` and `partition_dim`. With sequence_parallel the activations between the parts of a block are
+    [B, T / TP, dim], and T must be a multiple of TP. Every rank is given the same tokens and returns the same loss, or the logits
+    of the whole vocabulary.
 
     Raises ValueError as check_tensor_parallel does.
     """
     load_megatron()
-    from titans_pretrain.parallel.tensor_blocks import enter_after, shard_block
-    from titans_pretrain.parallel.tensor_layers import ColumnLinear, VocabEmbedding, gather_logits, tensor_group
+    from titans_pretrain.parallel.tensor_layers import tensor_group
 
-    group = tensor_group()
-    check_tensor_parallel(model.config, group.size(), sequence_parallel, memory_split)
-    if group.size() == 1:
-        return
-    model.embed_tokens = VocabEmbedding(model.embed_tokens, sequence_parallel)
-    for block in model.layers:
-        shard_block(block, sequence_parallel, memory_split)
-    enter_after(model.norm, sequence_parallel)
-    if model.lm_head is not None:
-        model.lm_head = ColumnLinear(model.lm_head)
-    model.cross_entropy = partial(linear_cross_entropy, vocabulary_split=vocabulary_split(group))
+    check_tensor_parallel(model.config, tensor_group().size(), sequence_parallel, memory_split)
+    if tensor_group().size() > 1:
+        replace_parts(model, partial(shard_part, sequence_parallel=sequence_parallel, memory_split=memory_split))
+        shard_outputs(model)
+
+
+def shard_part(name: str, part: nn.Module, *, sequence_parallel: bool, memory_split: str) -> nn.Module:
+    """What stands for a part (models.initialize.named_parts) on this rank. See shard_tensors."""
+    from titans_pretrain.parallel.tensor_blocks import enter_after, shard_block
+    from titans_pretrain.parallel.tensor_layers import ColumnLinear, VocabEmbedding
+
+    if name == "embed_tokens":
+        return VocabEmbedding(part, sequence_parallel)
+    if name == "lm_head":
+        return ColumnLinear(part)
+    if name == "norm":
+        enter_after(part, sequence_parallel)
+    else:
+        shard_block(part, sequence_parallel, memory_split)
+    return part
+
+
+def shard_outputs(model: TitansForCausalLM) -> None:
+    """Loss and logits of a model whose embedding and head are cut by vocabulary."""
+    from titans_pretrain.parallel.tensor_layers import gather_logits, tensor_group
+
+    model.cross_entropy = partial(linear_cross_entropy, vocabulary_split=vocabulary_split(tensor_group()))
     model.register_forward_hook(gather_logits)

@@ -24,7 +24,16 @@ def load_deepspeed():
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+def partition_part(config: Config, mesh: Mesh, part: nn.Module) -> None:
+    """Leaves this rank's share of every parameter (stage 3): before the next part is made, not when the model is whole."""
+    group = mesh.data_context.group
+    load_deepspeed().zero.Init(
+        part, data_parallel_group=group, config_dict_or_path=zero_settings(config, 1), mpu=Groups(mesh)
+    )
 
 
 def zero_engine(config: Config, mesh: Mesh, module: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int):
@@ -35,7 +44,6 @@ def zero_engine(config: Config, mesh: Mesh, module: nn.Module, optimizer: torch.
         config.parallel.zero_stage == 3
     ):  # a block reads its parts' weights outside of their calls, and often: gather it as one
         deepspeed.utils.set_z3_leaf_modules(module, list({type(m) for m in module.modules() if isinstance(m, Block)}))
-    deepspeed.init_distributed(dist_init_required=False)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=Groups(mesh))
     return engine
