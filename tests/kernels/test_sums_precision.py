@@ -93,7 +93,7 @@ def test_autocast_does_not_reach_the_memory(call):
         if call == "read":
             return [memory_read(q, state, residual_norm=True)]
         if call == "telescope":
-            return [telescope(lr, k, chunk_size=4, coefficient=0.8)[0]]
+            return [telescope(lr, momentum, k, chunk_size=4, coefficient=1.2, power=2)[0]]
         if call == "step":
             y, new = memory_step(q, k, v, forget, momentum, lr, state, **options)
         else:

@@ -212,7 +212,7 @@ class Memory:
         self.size = c.dim // self.m.heads
         self.coefficient = self.m.step_coefficient
         if self.coefficient is None:
-            self.coefficient = 0.8 if self.m.residual_norm else 2.0
+            self.coefficient = 1.2 if self.m.residual_norm else 2.0
         matrices = [p[f"weights.{layer}"] for layer in range(self.m.depth)]
         self.weights = [[w[h] for w in matrices] for h in range(self.m.heads)]
         self.surprise = [[torch.zeros_like(w) for w in head] for head in self.weights]
@@ -274,14 +274,12 @@ class Memory:
         """theta of each memory layer as the update takes it."""
         steps = []
         for layer in range(self.m.depth):
-            step = self.m.max_lr * theta[layer] * presence(k)
-            plain = step
+            step = plain = self.m.max_lr * theta[layer] * presence(k)
             if self.m.step == "telescoped":
                 for key, earlier in self.chunk[h]:
-                    overlap = (key * unit(k)).sum().abs()
+                    overlap = (key * unit(k)).sum() ** 2 if self.m.residual_norm else (key * unit(k)).sum().abs()
                     step = step * (1 - (self.coefficient * earlier[layer] * overlap).clamp(max=0.999))
-                if not self.m.residual_norm:
-                    step = step * (1 - self.m.max_momentum * eta[layer])
+                step = step * (1 - self.m.max_momentum * eta[layer])
             if self.m.damping and 0 < layer < self.m.depth - 1:
                 step = (
                     step / self.weights[h][0].shape[1]
