@@ -7,10 +7,15 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The oldest versions that the bounds allow, over the environment where they differ.
+OLDEST := $(abspath $(VENV))/oldest
 # One thread per test process: two processes with all cores each are slower than one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# What runs with the oldest versions too: all that uses them.
+OLDEST_TESTS := tests/unit/hf tests/unit/config tests/unit/data/test_data_tokenizers.py tests/unit/data/test_data_tokenize.py \
+	tests/unit/test_requirements.py tests/integration/test_hf_export.py
 
-.PHONY: quickstart install test test-all check types format bench clean
+.PHONY: quickstart install test test-oldest test-all check types format bench clean
 
 quickstart: install  ## raw text to a trained, exported, generating model, in a few minutes
 	@$(BIN)/python scripts/quickstart.py
@@ -25,11 +30,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-test: install  ## all that matters, without a GPU
-	$(PYTEST) -m "not slow and not gpu"
+$(OLDEST)/.installed: $(STAMP) requirements-oldest.txt
+	rm -rf $(OLDEST)
+	$(BIN)/pip install --disable-pip-version-check --no-deps --target $(OLDEST) -r requirements-oldest.txt
+	@touch $@
 
-test-all: install
-	$(PYTEST)
+test: install test-oldest  ## all that matters, without a GPU
+	TESTED_WITH=constraints.txt $(PYTEST) -m "not slow and not gpu"
+
+test-oldest: $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) TESTED_WITH=requirements-oldest.txt $(PYTEST) -m "not slow" $(OLDEST_TESTS)
+
+test-all: install test-oldest
+	TESTED_WITH=constraints.txt $(PYTEST)
 
 check: install types
 	$(BIN)/ruff check .

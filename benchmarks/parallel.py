@@ -50,8 +50,8 @@ def build(point: dict):
     from titans_pretrain.config.load import from_dict
     from titans_pretrain.data.reader import Batch, context_columns
     from titans_pretrain.models import build_model
+    from titans_pretrain.parallel.apply import build_engine
     from titans_pretrain.parallel.mesh import build_mesh
-    from titans_pretrain.training.run import build_engine
 
     tokens = point["tokens"]
     config = from_dict(

@@ -1,9 +1,15 @@
 """The Hugging Face form of a tokenizer: tokenizer.json and tokenizer_config.json with the same ids."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from titans_pretrain.data_prep.tokenizer import NUCLEOTIDES, Tokenizer
+from titans_pretrain.data.tokenizer import NUCLEOTIDES
+
+if TYPE_CHECKING:
+    from titans_pretrain.data_prep.tokenizer import Tokenizer
 
 # Texts on which both forms must agree before the Hugging Face form is written.
 PROBES = (

@@ -18,13 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from titans_pretrain.data.manifest import token_dtype
-from titans_pretrain.data.tokenizer import DEFINITION, ENTRY, TokenizerEntry, read_tokenizer_entry
+from titans_pretrain.data.tokenizer import DEFINITION, ENTRY, NUCLEOTIDES, TokenizerEntry, read_tokenizer_entry
 
 log = logging.getLogger(__name__)
 
 # Names of control pieces, for kinds that have no names of their own: nothing that a text holds
 CONTROLS = {"unk": "<|titans_unk|>", "bos": "<|titans_bos|>", "eos": "<|titans_eos|>", "pad": "<|titans_pad|>"}
-NUCLEOTIDES = "ACGTN"
 # A text is a sequence of these: a line's end, or blanks (which sentencepiece writes as U+2581) and what follows them
 _WORD = re.compile("\n|[ ▁]*[^ ▁\n]+|[ ▁]+")
 CACHED_CHARACTERS = 4_000_000  # of words whose ids are remembered, some 100 MB in each process

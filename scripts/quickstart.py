@@ -1,8 +1,8 @@
 """The main job end to end, in a few minutes on two CPU cores: `make quickstart`.
 
 Python's own library becomes a tokenizer and token shards; a small MAG model is trained on them, interrupted once and resumed,
-exported for Hugging Face transformers, loaded there, and completes a line of Python. Every step is a public command, printed before
-it runs. Everything lands in one folder, which a new start replaces.
+exported for Hugging Face transformers, loaded there, and completes a line of Python, with its cache as without. Every step is a
+public command, printed before it runs. Everything lands in one folder, which a new start replaces.
 """
 
 import argparse
@@ -25,14 +25,21 @@ PROMPT = "def __init__(self"
 GENERATE = """
 import sys
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 folder, prompt = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer(prompt, return_tensors="pt")
-tokens = model.generate(**inputs, max_new_tokens=64, do_sample=True, temperature=0.7)
-print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+options = {"max_new_tokens": 64, "do_sample": True, "temperature": 0.7}
+
+set_seed(0)
+tokens = model.generate(**inputs, **options)[0].tolist()
+print(tokenizer.decode(tokens, skip_special_tokens=True))
+
+set_seed(0)  # once more, reading the whole text again for each token: what the cache saves must not be missed
+if model.generate(**inputs, **options, use_cache=False)[0].tolist() != tokens:
+    sys.exit("error: without its cache the model says something else: with this transformers, generate() cannot be trusted")
 """.strip()
 
 

@@ -144,7 +144,7 @@ def _train(args) -> int:
     from titans_pretrain.config import load_config
 
     config = load_config(args.config, args.overrides)  # before torch is imported: a typo answers at once
-    from titans_pretrain.training.run import train
+    from titans_pretrain.commands.train import train
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("titans_pretrain").setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""Sliding-window attention by blocks of queries over torch's scaled_dot_product_attention: never a T x T mask."""
+"""Attention over torch's scaled_dot_product_attention. A sliding window goes by blocks of queries: never a T x T mask."""
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ def block_size(window: int) -> int:
     return min(max(window // 4, 64), 256)
 
 
-def blocked_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, limit: Tensor | None, persistent: tuple[Tensor, Tensor] | None
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int, limit: Tensor | None, persistent: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """q [B, T, H, D]; k, v [B, S + T, H, D], whose first S are the tail; limit [B, T] or None: how far back, at most,
     each query sees; persistent: pair of [P, H, D] or None. Returns [B, T, H, D]. Memory linear in T and in window."""
@@ -24,6 +24,24 @@ def blocked_attention(
         (block,) = _Blocks(q, k, window, limit, pk)
         return _attend(q, k[:, block.keys], v[:, block.keys], pk, pv, block.mask())
     return _BlockedAttention.apply(q, k, v, pk, pv, limit, window)
+
+
+def segment_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, memory: tuple[Tensor, Tensor] | None, persistent: tuple[Tensor, Tensor] | None,
+    context: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """q [B, Tq, H, D], the last rows of k, v [B, S, H, D]; memory: pair of [B, S, H, D] or None, persistent: of [P, H, D],
+    context: of [B, N, H, D]. Returns [B, Tq, H, D]."""
+    batch, rows = q.shape[:2]
+    length = k.shape[1]
+    parts = [] if persistent is None else [tuple(x.expand(batch, -1, -1, -1) for x in persistent)]
+    parts += [] if context is None else [context]
+    always = sum(part[0].shape[1] for part in parts)
+    parts += [] if memory is None else [memory]
+    keys, values = (torch.cat(xs, 1) for xs in zip(*parts, (k, v), strict=True))
+    causal = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
+    mask = torch.cat((causal.new_ones(rows, always), *[causal] * (1 if memory is None else 2)), 1)
+    return _heads_first(scaled_dot_product_attention, q, keys, values, attn_mask=mask)
 
 
 class _Block:

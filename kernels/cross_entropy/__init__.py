@@ -1,5 +1,6 @@
-"""Cross-entropy of a language-model head without its logits."""
+"""Cross-entropy of a language-model head without its logits. Start with contract.py."""
 
-from titans_pretrain.kernels.cross_entropy.linear import linear_cross_entropy
+from titans_pretrain.kernels.cross_entropy.contract import linear_cross_entropy
+from titans_pretrain.kernels.cross_entropy.vocabulary_split import VocabularySplit
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["VocabularySplit", "linear_cross_entropy"]

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 
-from titans_pretrain.kernels.memory_scan.hidden_split import HiddenGroup
+from titans_pretrain.kernels.memory_scan.hidden_split import HiddenSplit
+from titans_pretrain.kernels.memory_scan.options import ScanOptions
 from titans_pretrain.kernels.memory_scan.state import MemoryState
 
 
@@ -25,52 +26,48 @@ def memory(weights, x: Tensor, residual_norm: bool) -> Tensor:
     return x + F.layer_norm(z, z.shape, eps=1e-6) if residual_norm else z
 
 
+def inner_step(weights, key: Tensor, value: Tensor, options: ScanOptions) -> tuple[Tensor, ...]:
+    """u of one head for one token: the gradient of |M(k) - v|^2, damped."""
+
+    def loss(weights):
+        return (memory(weights, key, options.residual_norm) - value).square().sum()
+
+    u = grad(loss)(weights)
+    if not (options.residual_norm and options.damping):
+        return u
+    variance = layers(weights, key).var(correction=0) + 1e-6  # LayerNorm's own epsilon
+    phi = variance / (variance + options.damping * weights[-1].shape[0])
+    return tuple(phi * x for x in u)
+
+
+def over_heads(f):
+    """f of one head for all of a batch, [B, H, ...]."""
+    return vmap(vmap(f))
+
+
+def read(q: Tensor, state: MemoryState, *, residual_norm: bool, **_) -> Tensor:
+    """See memory_read; arguments are validated there."""
+    x = q.to(state.weights[0].dtype)
+    one = over_heads(lambda weights, x: memory(weights, x, residual_norm))
+    return torch.stack([one(state.weights, x[:, t]) for t in range(q.shape[1])], 1).to(q.dtype)
+
+
 def scan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    forget: Tensor,
-    momentum: Tensor,
-    lr: Tensor,
-    state: MemoryState,
-    *,
-    chunk_size: int,
-    residual_norm: bool,
-    damping: float,
-    forget_to: str,
-    reset: Tensor | None,
-    initial_state: MemoryState | None,
-    checkpoint_every: int | None = None,
-    hidden_group: HiddenGroup = None,
-) -> tuple[Tensor, MemoryState]:
-    """See memory_scan; arguments are validated there. checkpoint_every is of no use here."""
-    if hidden_group is not None:
-        raise ValueError("backend=reference holds a whole memory on one rank; with hidden_group use backend=chunked")
-    depth = state.depth
-
-    def loss(weights, key, value):
-        return (memory(weights, key, residual_norm) - value).square().sum()
-
-    over_heads = lambda f: vmap(vmap(f))  # noqa: E731  batch, then heads
-
-    def damped(weights, key, value):
-        u = grad(loss)(weights, key, value)
-        if not (residual_norm and damping):
-            return u
-        variance = layers(weights, key).var(correction=0) + 1e-6  # LayerNorm's own epsilon
-        phi = variance / (variance + damping * weights[-1].shape[0])
-        return tuple(phi * x for x in u)
-
-    gradient = over_heads(damped)
-    read = over_heads(lambda weights, x: memory(weights, x, residual_norm))
-
+    q: Tensor, k: Tensor, v: Tensor, forget: Tensor, momentum: Tensor, lr: Tensor, state: MemoryState, *, options: ScanOptions,
+    initial_state: MemoryState | None, reset: Tensor | None = None, **_,
+) -> tuple[Tensor, MemoryState]:  # fmt: skip
+    """See memory_scan, and with one token memory_step; arguments are validated there."""
+    dtype, depth = state.weights[0].dtype, state.depth
+    out = q.dtype
+    q, k, v, forget, momentum, lr = (x.to(dtype) for x in (q, k, v, forget, momentum, lr))
+    gradient = over_heads(lambda weights, key, value: inner_step(weights, key, value, options))
     weights, surprise = state.weights, state.surprise
     anchor, offset = state.anchor or weights, state.offset
     outputs = []
     for t in range(q.shape[1]):
         if offset == 0:
             if reset is not None:
-                row = reset[:, (t + state.offset) // chunk_size].view(-1, 1, 1, 1)
+                row = reset[:, (t + state.offset) // options.chunk_size].view(-1, 1, 1, 1)
                 weights = tuple(torch.where(row, i, w) for i, w in zip(initial_state.weights, weights, strict=True))
                 surprise = tuple(torch.where(row, i, s) for i, s in zip(initial_state.surprise, surprise, strict=True))
             anchor = weights
@@ -79,8 +76,12 @@ def scan(
             [g[:, t, :, min(i, g.shape[-1] - 1), None, None] for i in range(depth)] for g in (forget, momentum, lr)
         )
         surprise = tuple(eta[i] * surprise[i] - theta[i] * u[i] for i in range(depth))
-        towards = initial_state.weights if forget_to == "initial" else (0.0,) * depth
+        towards = initial_state.weights if options.forget_to == "initial" else (0.0,) * depth
         weights = tuple(towards[i] + (1 - alpha[i]) * (weights[i] - towards[i]) + surprise[i] for i in range(depth))
-        outputs.append(read(weights, q[:, t]))
-        offset = (offset + 1) % chunk_size
-    return torch.stack(outputs, 1), MemoryState(weights, surprise, anchor if offset else None, offset)
+        outputs.append(over_heads(lambda w, x: memory(w, x, options.residual_norm))(weights, q[:, t]))
+        offset = (offset + 1) % options.chunk_size
+    return torch.stack(outputs, 1).to(out), MemoryState(weights, surprise, anchor if offset else None, offset)
+
+
+def refuses(*, hidden_split: HiddenSplit, **_) -> str | None:
+    return "hidden_split: it holds a whole memory on one rank" if hidden_split.ranks > 1 else None

@@ -59,12 +59,3 @@ class MemoryState:
             return None if xs is None else tuple(x.expand(batch, *x.shape[1:]) for x in xs)
 
         return MemoryState(grow(self.weights), grow(self.surprise), grow(self.anchor), self.offset)
-
-    def where(self, mask: Tensor, other: "MemoryState") -> "MemoryState":
-        """`other`'s rows where mask [B] is set, this state's elsewhere; both at a chunk's start."""
-        assert self.offset == 0 and other.offset == 0, "states can be mixed at chunk starts only"
-        m = mask.view(-1, 1, 1, 1)
-        return MemoryState(
-            tuple(torch.where(m, o, s) for s, o in zip(self.weights, other.weights, strict=True)),
-            tuple(torch.where(m, o, s) for s, o in zip(self.surprise, other.surprise, strict=True)),
-        )

@@ -19,7 +19,7 @@ MAX_SHRINK = 0.999
 
 @dataclass(frozen=True)
 class StepHistory:
-    """Keys [B, n, H, D] and plain steps [B, n, H, G] of the n tokens of a half-read chunk."""
+    """Keys [B, n, H, D] and plain steps [B, n, H, gates] of the n tokens of a half-read chunk."""
 
     keys: Tensor
     steps: Tensor

@@ -1,5 +1,5 @@
-"""Short causal depthwise convolution."""
+"""Short causal depthwise convolution. Start with contract.py."""
 
-from titans_pretrain.kernels.short_conv.conv import causal_conv
+from titans_pretrain.kernels.short_conv.contract import causal_conv
 
 __all__ = ["causal_conv"]

@@ -10,9 +10,8 @@ import torch.distributed as dist
 from titans_pretrain.config.load import from_dict
 from titans_pretrain.data.reader import Batch, context_columns
 from titans_pretrain.models import build_model
-from titans_pretrain.parallel.apply import parallelize
-from titans_pretrain.parallel.mesh import build_mesh, leave_mesh
-from titans_pretrain.training.engine import SingleEngine
+from titans_pretrain.parallel.apply import build_engine
+from titans_pretrain.parallel.mesh import Mesh, build_mesh, leave_mesh
 
 ROWS, TOKENS, VOCAB, STEPS = 4, 48, 64, 5
 FLOAT32, FLOAT64 = 1e-5, 1e-9  # largest relative difference
@@ -21,12 +20,21 @@ CALM = {
     "train__eps": 1e-4,
 }  # for float32: neither the inner loop nor Adam magnifies rounding
 
+# Layers that differ: in kind, window and heads of keys and values; in chunk, memory depth and segment.
+HYBRIDS = {
+    "mag-lmm-transformer": {
+        "pattern": ["mag", "lmm", {"variant": "transformer", "window": None}], "heads": 8, "kv_heads": 4, "qk_norm": True,
+    },
+    "mac-mal": {
+        "pattern": ["mac", {"variant": "mal", "kv_heads": 4, "memory": {"chunk_size": 2, "depth": 1}}], "heads": 4,
+    },
+}  # fmt: skip
+
 
 def case(variant: str = "mag", *, dtype: str = "float32", rows: int = ROWS, **changes) -> dict:
-    """A config as nested dicts. changes: "group__key" = value."""
+    """A config as nested dicts. variant: of all layers, or a key of HYBRIDS. changes: "group__key" = value."""
     values = {
         "model": {
-            "variant": variant,
             "dim": 32,
             "layers": 4,
             "heads": 4,
@@ -35,6 +43,7 @@ def case(variant: str = "mag", *, dtype: str = "float32", rows: int = ROWS, **ch
             "persistent_tokens": 3,
             "memory": {"heads": 4, "chunk_size": 4, "expansion": 2.0},
             "mac": {"segment": 4},
+            **HYBRIDS.get(variant, {"variant": variant}),
         },
         "data": {"seq_len": TOKENS},
         "train": {"micro_batch": 1, "global_batch": rows, "grad_clip": 0.5, "lr": 1e-3, "eps": 1e-6},
@@ -50,10 +59,10 @@ def case(variant: str = "mag", *, dtype: str = "float32", rows: int = ROWS, **ch
 
 
 def fresh(values: dict):
+    """The config, and its model on the meta device."""
     config = from_dict({k: v for k, v in values.items() if k != "dtype"})
-    torch.manual_seed(0)
-    model = build_model(config.model).to(getattr(torch, values["dtype"]))
-    return config, model
+    with torch.device("meta"):
+        return config, build_model(config.model).to(getattr(torch, values["dtype"]))
 
 
 def global_batch(step: int, rows: int) -> Batch:
@@ -90,7 +99,7 @@ def train_alone(values: dict) -> dict:
     """losses, norms, gradients of the first step (name -> tensor), weights at the end."""
     plain = values | {"parallel": {}, "train": values["train"] | {"recompute": "none"}}
     config, model = fresh(plain)
-    return _train(SingleEngine(config, model, torch.device("cpu")), config, None)
+    return _train(build_engine(config, model, Mesh(torch.device("cpu"))), config, None)
 
 
 def train_parallel(values: dict) -> dict:
@@ -98,7 +107,7 @@ def train_parallel(values: dict) -> dict:
     config, model = fresh(values)
     mesh = build_mesh(config, torch.device("cpu"))
     try:
-        engine = parallelize(model, config, mesh)
+        engine = build_engine(config, model, mesh)
         found = _train(engine, config, mesh)
     finally:
         engine = model = None
@@ -219,11 +228,11 @@ def resume_each(values: dict, checkpoints: list, steps: int, run_dir) -> list[di
 def _engine(config, model):
     """The engine of this process, alone or among the ranks, and its place among the readers."""
     if not dist.is_initialized():
-        yield SingleEngine(config, model, torch.device("cpu")), ()
+        yield build_engine(config, model, Mesh(torch.device("cpu"))), ()
         return
     mesh = build_mesh(config, torch.device("cpu"))
     try:
-        engine = parallelize(model, config, mesh)
+        engine = build_engine(config, model, mesh)
         yield engine, (mesh.data.rank, mesh.data.size, mesh.context.rank, mesh.context.size)
     finally:
         engine = None

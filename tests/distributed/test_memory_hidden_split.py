@@ -21,13 +21,14 @@ from titans_pretrain.kernels.memory_scan import MemoryState, memory_read, memory
 from titans_pretrain.models import build_model
 from titans_pretrain.models.memory import MemoryLayer
 from titans_pretrain.models.state import map_tensors
+from titans_pretrain.parallel.splits import hidden_split
 
 WORLD, TIMEOUT = 2, 120.0
 TOL = 1e-10
 BATCH, HEADS, DIM, HIDDEN = 2, 2, 6, 10
 TOKENS = ("q", "k", "v", "forget", "momentum", "lr")
 
-# --- cases: (f, x) where f(x, hidden_group) makes named tensors of the named tensors x -----------------------------------------
+# --- cases: (f, x) where f(x, group) makes named tensors of the named tensors x -----------------------------------------
 
 
 def inputs(tokens, gates=1, dtype=torch.float64):
@@ -53,6 +54,11 @@ def inputs(tokens, gates=1, dtype=torch.float64):
     return {name: t.to(dtype) for name, t in x.items()}
 
 
+def split_of(group):
+    """None: one rank holds the whole memory."""
+    return None if group is None else hidden_split(group)
+
+
 def pair(x, kind):
     return x[f"{kind}.0"], x[f"{kind}.1"]
 
@@ -76,7 +82,7 @@ def scan_case(cuts, *, gates=1, dtype=torch.float64, read=memory_scan, **options
         ys = []
         for start, stop in itertools.pairwise(cuts):
             tokens = [x[name][:, start:stop] for name in TOKENS]
-            y, state = read(*tokens, state, initial_state=initial, hidden_group=group, **options)
+            y, state = read(*tokens, state, initial_state=initial, hidden_split=split_of(group), **options)
             ys.append(y)
         return named(torch.cat(ys, 1), state)
 
@@ -85,7 +91,7 @@ def scan_case(cuts, *, gates=1, dtype=torch.float64, read=memory_scan, **options
 
 def read_case():
     def f(x, group):
-        return {"y": memory_read(x["q"], states(x)[0], residual_norm=True, hidden_group=group)}
+        return {"y": memory_read(x["q"], states(x)[0], residual_norm=True, hidden_split=split_of(group))}
 
     return f, inputs(9)
 
@@ -97,7 +103,7 @@ def split_module(module, parameters, group):
         module.get_submodule(owner)._parameters[key] = t
     for part in module.modules():
         if isinstance(part, MemoryLayer):
-            part.hidden_group = group
+            part.hidden_split = split_of(group)
 
 
 def layer_case(chunk, **memory):
@@ -147,9 +153,10 @@ def cases():
     """name -> what makes the case."""
     found = {}
     starts = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 0, 1, 1]], dtype=torch.bool)
-    for norm, to, gates in itertools.product((False, True), ("zero", "initial"), (1, 2)):
+    for norm, to, gates in itertools.product((False, True, "damped"), ("zero", "initial"), (1, 2)):
         name = f"norm={norm} to={to} gates={gates}"
-        options = dict(gates=gates, chunk_size=5, residual_norm=norm, forget_to=to)
+        damping = 0.7 * (norm == "damped")  # of the whole hidden size, on every rank
+        options = dict(gates=gates, chunk_size=5, residual_norm=bool(norm), damping=damping, forget_to=to)
         found[f"scan {name}"] = partial(scan_case, (0, 23), checkpoint_every=2, **options)
         found[f"scan with resets {name}"] = partial(scan_case, (0, 23), checkpoint_every=2, reset=starts, **options)
         found[f"calls {name}"] = partial(scan_case, (0, 3, 4, 11, 23), **options)
@@ -262,17 +269,17 @@ def messages(rank):
     linear = MemoryState.initial((torch.zeros(HEADS, DIM, DIM).double(),), BATCH)
     others = dist.new_group([0])
     calls = {
-        "depth 1": lambda: memory_scan(*tokens, linear, chunk_size=5, hidden_group=dist.group.WORLD),
-        "depth 3": lambda: memory_read(x["q"], deep, hidden_group=dist.group.WORLD),
+        "depth 1": lambda: memory_scan(*tokens, linear, chunk_size=5, hidden_split=hidden_split(dist.group.WORLD)),
+        "depth 3": lambda: memory_read(x["q"], deep, hidden_split=hidden_split(dist.group.WORLD)),
         "step of depth 1": lambda: memory_step(
-            *(t[:, :1] for t in tokens), linear, chunk_size=5, hidden_group=dist.group.WORLD
+            *(t[:, :1] for t in tokens), linear, chunk_size=5, hidden_split=hidden_split(dist.group.WORLD)
         ),
         "reference": lambda: memory_scan(
-            *tokens, state, chunk_size=5, backend="reference", hidden_group=dist.group.WORLD
+            *tokens, state, chunk_size=5, backend="reference", hidden_split=hidden_split(dist.group.WORLD)
         ),
     }
     if rank:
-        calls["not a member"] = lambda: memory_read(x["q"], state, hidden_group=others)
+        calls["not a member"] = lambda: memory_read(x["q"], state, hidden_split=hidden_split(others))
     found = {}
     for name, call in calls.items():
         with pytest.raises(ValueError) as error:
@@ -344,10 +351,10 @@ def test_single_precision_is_the_same_on_all_ranks(ranks):
 
 
 def test_one_sum_per_chunk(ranks):
-    """Forward and backward: one per tile, one per span. The spans are of 2, 2 and 1 tiles, then of 2, 1 and 1."""
+    """Forward and backward: one per tile, one per span. The spans are of 2, 2 and 1 tiles, then of 2 and 2."""
     assert ranks[0]["count_sums"] == {
         "scan, chunks of 5": (5 + 3, 5 + 3),
-        "scan, chunks of two tiles": (4 + 3, 4 + 3),
+        "scan, chunks of two tiles": (4 + 2, 4 + 2),
         "scan of a token": (1 + 1, 1 + 1),
         "step": (2, 6),  # backward, which decoding does without: q, k, the error, three gates
         "read": (1, 1),
@@ -361,6 +368,6 @@ def test_decoding(ranks):
 def test_refused(ranks):
     found = ranks[1]["messages"]
     for name in ("depth 1", "depth 3", "step of depth 1"):
-        assert "hidden_group" in found[name] and "depth 2" in found[name]
-    assert "reference" in found["reference"] and "hidden_group" in found["reference"]
-    assert "not in hidden_group" in found["not a member"]
+        assert "hidden_split" in found[name] and "depth 2" in found[name]
+    assert "reference" in found["reference"] and "hidden_split" in found["reference"]
+    assert "not in the group" in found["not a member"]

@@ -8,9 +8,9 @@ import functools
 import json
 
 import pytest
-from parity import CALM, FLOAT32, FLOAT64, case, train_alone, train_parallel, worst
+from parity import CALM, FLOAT32, FLOAT64, HYBRIDS, case, train_alone, train_parallel, worst
 
-VARIANTS = ("lmm", "mac", "mag", "mal", "transformer")
+VARIANTS = ("lmm", "mac", "mag", "mal", "transformer", *HYBRIDS)
 
 
 def layout(**parallel) -> dict:
@@ -55,6 +55,7 @@ QUICK = {
     ("dp2-zero1", "mag"),
     ("dp2-zero2", "mal"),
     ("dp2-zero3", "mac"),
+    *((layout, hybrid) for layout in ("tp2", "pp2", "cp2-k3") for hybrid in HYBRIDS),
 }
 
 # What does not depend on the variant, or is an option of one layout.

@@ -11,13 +11,13 @@ def measure(values: dict) -> dict:
     """On one rank, after a step: what it holds, in bytes, and what it sent."""
     import gc
 
-    from titans_pretrain.parallel.apply import parallelize
+    from titans_pretrain.parallel.apply import build_engine
     from titans_pretrain.parallel.mesh import build_mesh, leave_mesh
 
     config, model = fresh(values)
     mesh = build_mesh(config, torch.device("cpu"))
     try:
-        engine = parallelize(model, config, mesh)
+        engine = build_engine(config, model, mesh)
         place = mesh.data.rank, mesh.data.size, mesh.context.rank, mesh.context.size
         batches = micro_batches(config, 0, *place)
         engine.forward_backward(batches, engine.count(batches))

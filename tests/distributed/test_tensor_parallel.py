@@ -1,6 +1,7 @@
 """Tensor parallelism against one process: loss, every gradient, logits, and what is communicated."""
 
 import dataclasses
+import re
 import statistics
 from collections import Counter
 
@@ -13,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from titans_pretrain.config.model import MacConfig, MemoryConfig, ModelConfig
 from titans_pretrain.kernels.cross_entropy import linear_cross_entropy
 from titans_pretrain.models import build_model
+from titans_pretrain.parallel.layout import check_tensor_parallel
 from titans_pretrain.parallel.megatron import load_megatron
 from titans_pretrain.parallel.mesh import leave_mesh
-from titans_pretrain.parallel.tensor import check_tensor_parallel, shard_tensors
+from titans_pretrain.parallel.splits import vocabulary_split
+from titans_pretrain.parallel.tensor import shard_tensors
 
 ROWS, TOKENS, VOCAB, DIM = 2, 64, 48, 32
 
@@ -36,9 +39,9 @@ def case(
     variant: str, *, memory: dict | None = None, memory_tokens: int = 0, model: dict | None = None, **options
 ) -> Case:
     config = ModelConfig(
-        variant=variant, layers=2, dim=DIM, heads=4, vocab_size=VOCAB, ffn_dim=24,
+        layers=2, dim=DIM, vocab_size=VOCAB, ffn_dim=24,
         memory=MemoryConfig(**{"heads": 4, "chunk_size": 8, "expansion": 2.0} | (memory or {})),
-        mac=MacConfig(segment=16, memory_tokens=memory_tokens), **{"window": 12, "persistent_tokens": 3} | (model or {}),
+        mac=MacConfig(segment=16, memory_tokens=memory_tokens), **{"variant": variant, "heads": 4, "window": 12, "persistent_tokens": 3} | (model or {}),
     )  # fmt: skip
     return Case(config, **options)
 
@@ -178,7 +181,15 @@ def compare(tensor_ranks, world: int, case: Case, tolerance: float) -> None:
         assert not wrong, wrong
 
 
+GROUPED = {"heads": 8, "kv_heads": 4, "qk_norm": True}
 CASES = {
+    "mag-grouped-sp": case("mag", model=GROUPED, sequence_parallel=True),
+    "mac-grouped-recompute": case("mac", model=GROUPED | {"head_dim": 6}, recompute="block"),
+    "hybrid": case("", model=GROUPED | {"variant": "mag", "pattern": [{"variant": "transformer", "window": None}, "lmm"]}),
+    "hybrid-sp-state": case(
+        "", model={"variant": "mag", "pattern": ["mac", {"variant": "mal", "memory": {"chunk_size": 4, "depth": 3}}]},
+        sequence_parallel=True, calls=2,
+    ),
     "lmm": case("lmm"),
     "lmm-deep1-untied-sp": case(
         "lmm", memory={"depth": 1}, model={"tie_embeddings": False}, sequence_parallel=True
@@ -335,11 +346,18 @@ def sharded_loss(chunk: int, ignore_index: int, labels: torch.Tensor) -> list[to
     rows = weight.shape[0] // dist.get_world_size()
     weight = weight[rows * dist.get_rank() :][:rows].detach().requires_grad_()
     loss, count = linear_cross_entropy(
-        hidden, weight, labels, ignore_index=ignore_index, chunk_tokens=chunk, group=dist.group.WORLD
+        hidden,
+        weight,
+        labels,
+        ignore_index=ignore_index,
+        chunk_tokens=chunk,
+        vocabulary_split=vocabulary_split(dist.group.WORLD),
     )
     (loss * 0.3).backward()
     with torch.no_grad():
-        again, _ = linear_cross_entropy(hidden, weight, labels, ignore_index=ignore_index, group=dist.group.WORLD)
+        again, _ = linear_cross_entropy(
+            hidden, weight, labels, ignore_index=ignore_index, vocabulary_split=vocabulary_split(dist.group.WORLD)
+        )
     dist.all_reduce(hidden.grad)
     return [loss.detach(), again, count, hidden.grad, torch.cat(gathered(weight.grad))]
 
@@ -368,7 +386,9 @@ def refused_calls() -> list[str]:
     messages = []
     for call in (
         lambda: model(data["tokens"][:, :63]),
-        lambda: linear_cross_entropy(hidden, weight[:10], torch.full((37,), 20), group=dist.group.WORLD),
+        lambda: linear_cross_entropy(
+            hidden, weight[:10], torch.full((37,), 20), vocabulary_split=vocabulary_split(dist.group.WORLD)
+        ),
         lambda: shard(case("lmm", memory={"heads": 1})),
     ):
         with pytest.raises(ValueError) as refused:
@@ -400,12 +420,18 @@ WIDE = {"dim": 36, "heads": 6, "ffn_dim": 24, "vocab_size": 48}
         (2, "heads", {"ffn_dim": 25}, {"heads": 6}, "model.ffn_dim=25 does not divide over parallel.tp=2: use parallel.tp=1, or model.ffn_dim=26"),
         (2, "hidden", {}, {"heads": 3, "depth": 1}, "parallel.memory_split=hidden needs model.memory.depth=2, got 1: use parallel.memory_split=heads"),
         (2, "hidden", {}, {"heads": 4, "expansion": 1.0}, "model.memory.heads=9 does not divide over parallel.tp=2: use parallel.tp=1 or 3"),
+        (2, "heads", {"kv_heads": 3}, {"heads": 6}, "model.kv_heads=3 does not divide over parallel.tp=2: use parallel.tp=1 or 3, or model.kv_heads=2"),
+        (2, "heads", {"layers": 3, "pattern": ["lmm", {"variant": "mag", "heads": 9}]}, {"heads": 6}, "model.pattern[1].heads=9 does not divide over parallel.tp=2: use parallel.tp=1 or 3"),
+        (2, "heads", {"pattern": ["lmm", {"variant": "transformer", "kv_heads": 1}]}, {"heads": 6}, "model.pattern[1].kv_heads=1 does not divide over parallel.tp=2: use parallel.tp=1, or model.pattern[1].kv_heads=2"),
+        (2, "heads", {"pattern": ["transformer", {"variant": "lmm", "memory": {"heads": 9}}]}, {"heads": 3}, "model.pattern[1].memory.heads=9 does not divide over parallel.tp=2: use parallel.tp=1 or 3, or parallel.memory_split=hidden"),
+        (2, "heads", {"pattern": [{"variant": "lmm", "ffn_dim": 21}, "lmm"]}, {"heads": 6}, "model.pattern[0].ffn_dim=21 does not divide over parallel.tp=2: use parallel.tp=1 or 3, or model.pattern[0].ffn_dim=22"),
+        (2, "hidden", {"pattern": ["mag", {"variant": "lmm", "memory": {"depth": 3}}]}, {"heads": 6}, "parallel.memory_split=hidden needs model.pattern[1].memory.depth=2, got 3: use parallel.memory_split=heads"),
         (2, "hidden", {}, {"heads": 3, "backend": "reference"}, "cannot run model.memory.backend=reference: use auto or chunked"),
     ],
 )  # fmt: skip
 def test_what_does_not_divide_is_named_with_a_way_out(tp, memory_split, model, memory, message):
     config = ModelConfig(**WIDE | model, memory=MemoryConfig(**memory))
-    with pytest.raises(ValueError, match=message.replace(".", r"\.") + "($|, or)"):
+    with pytest.raises(ValueError, match=re.escape(message) + "($|, or)"):
         check_tensor_parallel(config, tp, False, memory_split)
 
 

@@ -1,8 +1,10 @@
 """An exported run in a process where this package cannot be imported: the same logits, text and tokens."""
 
 import os
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +59,13 @@ torch.save(out, results)
 """
 
 
+QUICKSTART = Path(__file__).parents[2] / "scripts" / "quickstart.py"
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+
+
 def make_run(folder, variant):
     """A run folder with one checkpoint, as training leaves it, and its model."""
     model_config = ModelConfig(
@@ -84,9 +93,9 @@ def loaded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf")
     models = {variant: make_run(folder / f"run-{variant}", variant) for variant in VARIANTS}
     outs = {variant: export_checkpoint(folder / f"run-{variant}", folder / f"out-{variant}") for variant in VARIANTS}
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     arguments = [TEXT, str(NEW), str(folder / "results.pt"), *map(str, outs.values())]
-    subprocess.run([sys.executable, "-c", USER, *arguments], check=True, env=environment, cwd=folder, timeout=300)
+    command = [sys.executable, "-c", USER, *arguments]
+    subprocess.run(command, check=True, env=environment(folder), cwd=folder, timeout=300)
     results = torch.load(folder / "results.pt")
     return {variant: (models[variant], results[str(outs[variant])]) for variant in VARIANTS}
 
@@ -119,3 +128,23 @@ def test_an_export_generates_what_the_model_would(loaded, variant):
     assert torch.equal(got["generated"], ids)
     assert torch.equal(got["batch"][:1], ids)  # beside a shorter row, which the tokenizer pads on the left
     assert got["batch"][1, -NEW - 1] == ByteTokenizer().encode(TEXT[:20])[-1]
+
+
+def test_the_quickstart_notices_an_export_that_forgets(tmp_path):
+    make_run(tmp_path / "run", "mag")
+    out = export_checkpoint(tmp_path / "run", tmp_path / "out")
+    script = runpy.run_path(str(QUICKSTART))["GENERATE"]
+
+    def complete() -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", script, str(out), TEXT]
+        return subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path), cwd=tmp_path)
+
+    done = complete()
+    assert done.returncode == 0 and done.stdout.startswith(TEXT), done.stderr
+    assert not any(word in done.stderr for word in ("Warning", "warning", "deprecated")), done.stderr
+    code = (out / "modeling_titans.py").read_text()
+    forgetful = code.replace("self._read(input_ids, content.states", "self._read(input_ids, None")
+    assert forgetful != code
+    (out / "modeling_titans.py").write_text(forgetful)
+    done = complete()
+    assert done.returncode == 1 and "error: without its cache the model says something else" in done.stderr

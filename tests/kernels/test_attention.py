@@ -256,7 +256,7 @@ BAD = {
     "persistent v is": {"persistent": (torch.zeros(3, HEADS, SIZE), torch.zeros(2, HEADS, SIZE))},
     "tail k is": {"tail": (torch.zeros(1, 2, HEADS, SIZE),) * 2},
     "tail holds 3": {"tail": (torch.zeros(2, 3, HEADS, SIZE),) * 2},
-    "attention backend is 'flash'": {"backend": "flash"},
+    "sliding_window_attention: backend='flash' is not one of auto, sdpa, reference": {"backend": "flash"},
 }
 
 

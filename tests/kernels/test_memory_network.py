@@ -5,7 +5,14 @@ import itertools
 import torch
 from torch.func import grad, vmap
 
-from titans_pretrain.kernels.memory_scan.network import gelu, gelu_derivatives, inner_gradient, memory_network
+from titans_pretrain.kernels.memory_scan.chunked.network import (
+    Network,
+    gelu,
+    gelu_derivatives,
+    inner_gradient,
+    memory_network,
+)
+from titans_pretrain.kernels.memory_scan.hidden_split import WHOLE
 
 
 def test_gelu_derivatives():
@@ -24,7 +31,7 @@ def test_inner_gradient_is_the_gradient():
             weights = [
                 torch.randn(i, o, dtype=torch.float64, requires_grad=True) for i, o in itertools.pairwise(widths)
             ]
-            loss = (memory_network(k, weights, residual_norm) - v).square().sum()
-            found = inner_gradient(k, v, weights, residual_norm)
+            loss = (memory_network(k, weights, residual_norm, WHOLE) - v).square().sum()
+            found = inner_gradient(k, v, weights, Network(residual_norm, 0.0, WHOLE))
             for w, a, e in zip(torch.autograd.grad(loss, weights), found.inputs, found.deltas, strict=True):
                 torch.testing.assert_close(a.mT @ e, w, rtol=1e-10, atol=1e-11)

@@ -106,10 +106,10 @@ def test_chunked_equals_reference(depth, residual_norm, forget_to, per_layer, re
 
 
 @pytest.mark.parametrize(
-    "tokens, chunk", [(1, 1), (1, 4), (7, 1), (3, 8), (16, 8), (17, 8), (70, 66), (140, 66), (70, 67)]
+    "tokens, chunk", [(1, 1), (1, 4), (7, 1), (3, 8), (16, 8), (17, 8), (70, 66), (140, 66), (70, 67), (140, 67)]
 )
 def test_lengths_and_chunks(tokens, chunk):
-    """Single tokens, chunks longer than the sequence, chunks of several tiles (66 = 2 x 33) and of one odd tile."""
+    """Single tokens, chunks longer than the sequence, chunks of several tiles, of one length (66 = 2 x 33) or not (67 = 34 + 33)."""
     compare(make(tokens, 2, batch=1, seed=tokens), 2, dict(chunk_size=chunk, residual_norm=True, forget_to="initial"))
 
 

@@ -184,14 +184,6 @@ def test_recompute_changes_nothing(name):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_memory_reads_long_inputs_in_pieces(monkeypatch, packed):
-    model, x, positions = build("mag"), sample(24), documents() if packed else None
-    whole = model(x, positions=positions).logits
-    monkeypatch.setattr("titans_pretrain.models.memory.PIECE", 10)
-    close(model(x, positions=positions).logits, whole)
-
-
 def test_loss_is_the_mean_over_labels():
     model, x = build("mag"), sample(12)
     labels = sample(12, seed=3)

@@ -7,9 +7,8 @@ import pytest
 
 from titans_pretrain.config.load import from_dict
 from titans_pretrain.config.model import ModelConfig
-from titans_pretrain.parallel.mesh import check_layout
-from titans_pretrain.parallel.pipeline import cut_layers, stage_layers
-from titans_pretrain.parallel.zero import zero_settings
+from titans_pretrain.parallel.layout import check_layout, cut_layers, stage_layers
+from titans_pretrain.parallel.zero_settings import zero_settings
 
 
 def config(**groups):
@@ -89,7 +88,7 @@ def test_stages_are_balanced_as_well_as_any_cut_can_be():
 
 
 def test_a_large_vocabulary_takes_layers_from_the_last_stage():
-    few, many = (stage_layers(ModelConfig(vocab_size=v, layers=12), 2)[-1] for v in (256, 50000))
+    few, many = (stage_layers(ModelConfig(vocab_size=v, layers=12), 2, 1024)[-1] for v in (256, 50000))
     assert len(many) < len(few)
 
 

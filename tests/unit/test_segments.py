@@ -13,11 +13,22 @@ from titans_pretrain.parallel.stage import Stage
 TOKENS, LAYERS = 64, 2
 
 
+HYBRIDS = {
+    "mag-lmm": {
+        "pattern": ["mag", {"variant": "lmm", "memory": {"chunk_size": 8, "depth": 3}}],
+        "kv_heads": 2,
+        "qk_norm": True,
+    },
+    "transformer-mac": {"pattern": [{"variant": "transformer", "window": None, "head_dim": 12}, "mac"]},
+}
+
+
 def make(variant: str, dtype=torch.float64, **memory):
+    """variant: of all layers, or a key of HYBRIDS."""
     torch.manual_seed(0)
     settings = MemoryConfig(heads=2, chunk_size=4, expansion=2.0, **memory)
     config = ModelConfig(
-        variant=variant, dim=32, layers=LAYERS, heads=4, vocab_size=64, window=11, persistent_tokens=3, memory=settings,
+        **HYBRIDS.get(variant, {"variant": variant}), dim=32, layers=LAYERS, heads=4, vocab_size=64, window=11, persistent_tokens=3, memory=settings,
         mac=MacConfig(segment=8),
     )  # fmt: skip
     return build_model(config).to(dtype)
@@ -43,7 +54,7 @@ def run(model, segments, recompute, truncate=None):
 
 
 @pytest.mark.parametrize("recompute", ["none", "block", "segment"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *HYBRIDS])
 def test_segments_give_the_gradients_of_the_whole(variant, recompute):
     model = make(variant)
     tokens, labels, positions = rows()
@@ -64,7 +75,7 @@ def test_telescoped_steps_cross_segments_too():
         torch.testing.assert_close(gradient, whole[1][name], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *HYBRIDS])
 def test_the_template_has_the_shapes_of_the_state(variant):
     model = make(variant, torch.float32)
     tokens, _, positions = rows()

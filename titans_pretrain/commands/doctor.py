@@ -21,7 +21,6 @@ OPTIONAL = {
     "megatron-core": "distributed training",
     "tensorboard": "run.tensorboard",
     "wandb": "run.wandb",
-    "lm-eval": "benchmarks",
 }
 
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from titans_pretrain.checkpoint import find_checkpoint, load_weights
 from titans_pretrain.commands.table import format_table
+from titans_pretrain.commands.train import check_data_is_set
 from titans_pretrain.config import load_config
 from titans_pretrain.data import build_reader
 from titans_pretrain.models import build_model
-from titans_pretrain.training.engine import SingleEngine
-from titans_pretrain.training.run import check_data_is_set, pick_device
+from titans_pretrain.training.engine import SingleEngine, pick_device
 from titans_pretrain.training.validation import Validator
 
 

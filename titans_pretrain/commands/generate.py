@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from titans_pretrain.checkpoint import find_tokenizer, load_model
 from titans_pretrain.data_prep.tokenizer import load_tokenizer
-from titans_pretrain.training.run import pick_device
+from titans_pretrain.training.engine import pick_device
 
 PREFILL = 1024  # tokens of the prompt read at once, so that the logits of a long one never exist whole
 

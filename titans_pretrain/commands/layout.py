@@ -1,7 +1,6 @@
 """What a layout gives each process: stages, segments, the traffic of the ring, and bytes of memory."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,14 +9,12 @@ import torch.distributed as dist
 
 from titans_pretrain.config import Config
 from titans_pretrain.config.model import LayerConfig
+from titans_pretrain.kernels.memory_scan.chunked.spans import spans_of
 from titans_pretrain.models import TitansForCausalLM, build_model
-from titans_pretrain.models.memory import PIECE
 from titans_pretrain.models.state import tensors
-from titans_pretrain.parallel.apply import needs_segments
-from titans_pretrain.parallel.mesh import check_layout
-from titans_pretrain.parallel.pipeline import stage_layers
+from titans_pretrain.parallel.layout import check_layout, needs_segments, stage_layers
 from titans_pretrain.parallel.segments import state_template
-from titans_pretrain.parallel.stage import Stage, join_stages
+from titans_pretrain.parallel.stage import stage_parts
 
 # Bytes kept for the backward pass per token and model dimension, besides the feed-forward part and the memory's states:
 # (fp32, bf16), counted with saved-tensor hooks (tests/integration/test_plan.py holds them to that).
@@ -50,7 +47,8 @@ class Layout:
     @property
     def stages(self) -> list[range]:
         """The layers of all stages; pipeline rank r has stages r, r + PP, ..."""
-        return stage_layers(self.config.model, self.config.parallel.pp * self.config.parallel.stages_per_rank)
+        p = self.config.parallel
+        return stage_layers(self.config.model, p.pp * p.stages_per_rank, self.config.data.seq_len)
 
     def payload(self, layer: int, boundary: int) -> int:
         """Bytes of a layer's state where segment `boundary` starts: what a message of the ring holds."""
@@ -71,8 +69,9 @@ class Layout:
 
     def parameters(self, pipeline_rank: int) -> int:
         """Of one process, before ZeRO partitions them."""
-        own = self.stages[pipeline_rank :: self.config.parallel.pp]
-        return sum(p.numel() for p in join_stages([Stage(self.model, layers) for layers in own]).parameters())
+        stages = self.stages[pipeline_rank :: self.config.parallel.pp]
+        parts = {part for layers in stages for part in stage_parts(self.config.model, layers)}
+        return sum(p.numel() for part in parts for p in self.model.get_submodule(part).parameters())
 
     def memory(self, pipeline_rank: int) -> dict[str, float]:
         """Bytes of a process; see state_bytes and activation_bytes."""
@@ -185,10 +184,9 @@ def _block_bytes(layout: Layout, layer: int, tokens: int) -> float:
     total = tokens * kept
     if c.has_memory:
         weights = sum(w.numel() for w in layout.model.layers[layer].memory.weights)
-        length = min(tokens // train.micro_batch, PIECE)  # of one scan
-        chunks = math.ceil(length / c.memory.chunk_size)
-        saved = chunks / (c.memory.checkpoint_every or math.ceil(math.sqrt(chunks)))
-        total += tokens / length * saved * 2 * weights * 4
+        # The scan saves the state that enters each span but the first.
+        spans = spans_of(tokens // train.micro_batch, c.memory.chunk_size, 0, c.memory.checkpoint_every)
+        total += train.micro_batch * (len(spans) - 1) * 2 * weights * 4
     return total
 
 

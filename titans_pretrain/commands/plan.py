@@ -8,7 +8,7 @@ from titans_pretrain.commands.table import format_table
 from titans_pretrain.config import Config
 from titans_pretrain.models import build_model
 from titans_pretrain.models.costs import layer_flops
-from titans_pretrain.parallel.apply import needs_segments
+from titans_pretrain.parallel.layout import needs_segments
 
 
 def plan(config: Config, processes: int | None = None) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 ENTRY = "titans_tokenizer.json"
 DEFINITION = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json", "byte": None, "nucleotide": None}
+NUCLEOTIDES = "ACGTN"  # the ids 0 to 4 of that kind
 
 
 @dataclass(frozen=True)

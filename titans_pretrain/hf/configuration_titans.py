@@ -7,6 +7,8 @@ from transformers import PreTrainedConfig
 
 from titans_pretrain.config.model import MacConfig, MemoryConfig, ModelConfig
 
+CACHE_NAMES = ("cache", "past_key_values")  # of one thing: from transformers 5.24 on, and before
+
 
 class TitansConfig(PreTrainedConfig):
     """`ModelConfig`'s fields (see there) under their own names, with the usual Hugging Face names beside them.
@@ -16,7 +18,7 @@ class TitansConfig(PreTrainedConfig):
     """
 
     model_type = "titans"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = list(CACHE_NAMES)
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "dim",
         "intermediate_size": "ffn_dim",

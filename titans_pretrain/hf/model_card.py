@@ -1,6 +1,7 @@
 """README.md of an exported model."""
 
 from collections.abc import Iterable
+from importlib.metadata import requires
 
 from titans_pretrain.config.model import VARIANTS, ModelConfig
 
@@ -30,13 +31,13 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-Needs transformers 5 or newer and torch, nothing else: the folder carries the model's code, which is why it asks for
-`trust_remote_code=True`. Read the `.py` files here before you trust them.
+Needs torch and transformers, nothing else; tested with `{requirements}`. The folder carries the
+model's code, which is why it asks for `trust_remote_code=True`. Read the `.py` files here before you trust them.
 
 ## Good to know
 
-{notes}- `past_key_values` is a state of bounded size unless attention is full. It can be kept between calls, but not cropped:
-  assisted decoding is refused.
+{notes}- `cache` (`past_key_values` before transformers 5.24) is a state of bounded size unless attention is full. It can be kept
+  between calls, but not cropped: assisted decoding is refused.
 - Rows of different length in a batch (left or right padding, by `attention_mask`) are run one after the other, because a
   padding token must not be read. The results are exact; batches of equal length are faster.
 - In bfloat16 or float16, the memory's state stays float32.
@@ -80,6 +81,9 @@ def model_card(config: ModelConfig, dtype: str, parameters: int, trained: str) -
         variant=name,
         parameters=_count(parameters),
         what="; ".join(VARIANTS[v].summary for v in config.variants),
+        requirements="`, `".join(
+            r for r in requires("titans-pretrain") if r.startswith(("torch<", "torch>", "transformers"))
+        ),
         trained=f"\nTrained with titans-pretrain: {trained}.\n" if trained else "",
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         notes="".join(note + "\n" for note in notes),

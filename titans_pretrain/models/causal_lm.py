@@ -1,5 +1,6 @@
 """A Titans language model: embeddings, blocks, norm and head."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from titans_pretrain.config.model import ModelConfig
 from titans_pretrain.kernels.cross_entropy import linear_cross_entropy
 from titans_pretrain.models.initialize import initialize
+from titans_pretrain.models.inputs import check_inputs
 from titans_pretrain.models.linear import Embedding, Projection
 from titans_pretrain.models.norm import RMSNorm
-from titans_pretrain.models.rotary import rotations
+from titans_pretrain.models.rotary import Rotations, rotations
 from titans_pretrain.models.state import LayerState, ModelState, positions_after
 from titans_pretrain.models.variants import build_block
 
@@ -23,12 +25,12 @@ class CausalLMOutput:
     state: ModelState
     logits: Tensor | None = None  # [B, T, vocab_size], without labels
     loss: Tensor | None = None  # scalar, with labels
-    hidden_states: tuple[Tensor, ...] | None = (
-        None  # if asked for: of the embedding and each layer, the last one normalised
-    )
+    hidden_states: tuple[Tensor, ...] | None = None  # of embedding and layers, if asked for; the last one normalised
 
 
 class TitansForCausalLM(nn.Module):
+    """A part that is None, a layer among them, was taken away: another process has it, and runs it (parallel/stage.py)."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -63,71 +65,69 @@ class TitansForCausalLM(nn.Module):
 
         tokens [B, T] int64. labels [B, T], aligned: labels[t] is the target of position t, -100 none. positions [B, T] of each
         token in its document: 0 starts one (memory, attention and convolutions start afresh), -1 is inert padding; a 0 stands
-        at multiples of config.document_multiple only. None: one document, going on from `state`.
+        at multiples of config.document_multiple only. None: one document, going on from `state`, which must not end in padding.
         num_items_in_batch normalises the loss; None: the number of labels of this call.
 
-        Returns logits or, given labels, the loss; and the state after the last token. Raises ValueError.
+        Returns logits or, given labels, the loss; and the state after the last token. Raises ValueError, for values (token ids,
+        where documents start, a state after padding) on the CPU only: elsewhere looking would make the device wait.
         """
-        self._check(tokens, labels, state, positions)
-        x = self.embed_tokens(tokens)
+        check_inputs(self.config, tokens, labels, state, positions)
         position = torch.zeros_like(tokens[:, 0]) if state is None else state.position
         absolute = positions
         if absolute is None:
             absolute = position[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        dims = (block.config.rotary_dim for block in self.layers if block.config.has_attention)
-        by = rotations(absolute, dims, self.config.rope_theta, torch.promote_types(x.dtype, torch.float32))
-        states, seen = [], [x]
-        for i, layer in enumerate(self.layers):
-            arguments = (x, None if state is None else state.layers[i], by, positions)
-            if self.recompute == "block" and torch.is_grad_enabled():
-                x, new = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                x, new = layer(*arguments)
-            states.append(new)
-            if output_hidden_states:
-                seen.append(x)
-        after = ModelState(tuple(states), positions_after(positions, position, tokens.shape[1]))
+        x = embedded = self.embed_tokens(tokens)
+        by = self.rotations(absolute, x.dtype)
+        seen: list[Tensor] | None = [] if output_hidden_states else None
+        x, states = self.run_layers(x, by, positions, state and state.layers, seen=seen)
+        after = ModelState(states, positions_after(positions, position, tokens.shape[1]))
         hidden = self.norm(x)
-        hidden_states = (*seen[:-1], hidden) if output_hidden_states else None
-        head = (self.lm_head or self.embed_tokens).weight
+        hidden_states = None if seen is None else (embedded, *seen[:-1], hidden)
         if labels is None:
-            return CausalLMOutput(after, logits=nn.functional.linear(hidden, head), hidden_states=hidden_states)
-        total, count = self.cross_entropy(hidden.flatten(0, 1), head, labels.flatten())
+            logits = nn.functional.linear(hidden, self.head)
+            return CausalLMOutput(after, logits=logits, hidden_states=hidden_states)
+        total, count = self.loss(hidden, labels)
         if num_items_in_batch is None:
             num_items_in_batch = count.clamp(min=1)
         return CausalLMOutput(after, loss=total / num_items_in_batch, hidden_states=hidden_states)
 
-    def _check(self, tokens: Tensor, labels: Tensor | None, state: ModelState | None, positions: Tensor | None) -> None:
-        if tokens.ndim != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
-            raise ValueError(f"tokens must be int64 [B, T] with T >= 1, got {tokens.dtype} {tuple(tokens.shape)}")
-        for name, x in (("labels", labels), ("positions", positions)):
-            if x is not None and (x.shape != tokens.shape or x.dtype != torch.int64):
-                raise ValueError(
-                    f"{name} is {x.dtype} {tuple(x.shape)}; it must be int64 {tuple(tokens.shape)} as tokens"
-                )
-        if state is not None and state.position.shape[0] != tokens.shape[0]:
-            raise ValueError(f"the state is of a batch of {state.position.shape[0]}, tokens of {tokens.shape[0]}")
-        if tokens.device.type != "cpu":  # the checks below would make the device wait
-            return
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise ValueError(
-                f"token ids must lie in [0, {self.config.vocab_size}), got {int(tokens.min())} to {int(tokens.max())}: "
-                "does the data's tokenizer match model.vocab_size?"
-            )
-        if positions is not None:
-            self._check_starts(positions, state)
+    def rotations(self, positions: Tensor, dtype: torch.dtype) -> Rotations:
+        """What the layers turn queries and keys of these positions [B, T] by; dtype: of the activations."""
+        layers = (layer.config for layer in self.layers if layer is not None)
+        dims = (c.rotary_dim for c in layers if c.has_attention)
+        return rotations(positions, dims, self.config.rope_theta, torch.promote_types(dtype, torch.float32))
 
-    def _check_starts(self, positions: Tensor, state: ModelState | None) -> None:
-        columns = torch.arange(positions.shape[1])
-        states = [LayerState()] * len(self.layers) if state is None else state.layers
-        for block, layer in zip(self.layers, states, strict=True):
-            if layer.segment is not None:
-                offset = layer.segment.kv[0].shape[1]
+    def run_layers(
+        self,
+        x: Tensor,
+        by: Rotations,
+        positions: Tensor | None,
+        states: Sequence[LayerState] | None = None,
+        layers: range | None = None,
+        seen: list[Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+        """The last layer's output [B, T, dim] and every layer's new state. states: of all layers of the model, before; layers:
+        which to run, None: all; seen: gets each layer's output."""
+        after = []
+        for i in layers or range(len(self.layers)):
+            arguments = (x, None if states is None else states[i], by, positions)
+            if self.recompute == "block" and torch.is_grad_enabled():
+                x, state = checkpoint(self.layers[i], *arguments, use_reentrant=False)
             else:
-                offset = 0 if layer.memory is None else layer.memory.memory.offset
-            if (positions[:, (columns + offset) % block.config.document_multiple != 0] == 0).any():
-                multiple = self.config.document_multiple
-                raise ValueError(f"a document starts off the grid: pad documents to a multiple of {multiple} tokens")
+                x, state = self.layers[i](*arguments)
+            after.append(state)
+            if seen is not None:
+                seen.append(x)
+        return x, tuple(after)
+
+    @property
+    def head(self) -> Tensor:
+        """[vocab_size, dim]"""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the labels' losses and their number. hidden [B, T, dim]: after the norm."""
+        return self.cross_entropy(hidden.flatten(0, 1), self.head, labels.flatten())
 
 
 def build_model(config: ModelConfig) -> TitansForCausalLM:

@@ -15,7 +15,6 @@ from titans_pretrain.models.state import InitialMemory, MemoryLayerState
 
 UNIT_EPS = 1e-6  # against |x|^2
 PRESENCE = 1e-4  # against the mean square, about 0.1 in a fresh model
-PIECE = 8192  # tokens read at a time: on a CPU the working memory of longer calls is fresh, and slow, every time
 
 
 class MemoryLayer(nn.Module):
@@ -37,7 +36,7 @@ class MemoryLayer(nn.Module):
         super().__init__()
         if dim % config.heads:
             raise ValueError(f"dim={dim} is not divisible by heads={config.heads} of the memory")
-        self.hidden_group = None  # ranks that each hold a part of the hidden size; set from outside (memory_scan)
+        self.hidden_split = None  # how ranks that hold parts of the hidden size meet; set from outside
         self.config, self.heads = config, config.heads
         self.std = std = init_std or small_init(dim)
         self.q_proj = Projection(dim, dim, std)
@@ -89,18 +88,6 @@ class MemoryLayer(nn.Module):
     ) -> tuple[Tensor, MemoryLayerState]:
         """state: from the call before; None starts a document. positions [B, T]: 0 starts a document, -1 is inert padding.
         persistent [P, dim]: tokens that every document's memory has read before its first one."""
-        if x.shape[1] <= PIECE:
-            return self._read(x, state, positions, persistent)
-        outputs = []
-        where = [None] * -(-x.shape[1] // PIECE) if positions is None else positions.split(PIECE, 1)
-        for piece, here in zip(x.split(PIECE, 1), where, strict=True):
-            y, state = self._read(piece, state, here, persistent)
-            outputs.append(y)
-        return torch.cat(outputs, 1), state
-
-    def _read(
-        self, x: Tensor, state: MemoryLayerState | None, positions: Tensor | None, persistent: Tensor | None
-    ) -> tuple[Tensor, MemoryLayerState]:
         c = self.config
         start = self.initial(persistent, state)
         if state is None:
@@ -110,11 +97,11 @@ class MemoryLayer(nn.Module):
         forget, momentum, lr, history = self._steps(forget, momentum, lr * said, k, state.history)
         options = dict(
             chunk_size=c.chunk_size, residual_norm=c.residual_norm, damping=c.damping, forget_to=c.forget_to, initial_state=start.memory,
-            hidden_group=self.hidden_group,
+            hidden_split=self.hidden_split,
         )  # fmt: skip
         reset = None if positions is None else self._resets(positions, state.memory.offset)
         if x.shape[1] == 1 and reset is None and not torch.is_grad_enabled():
-            y, memory = memory_step(q, k, v, forget, momentum, lr, state.memory, **options)
+            y, memory = memory_step(q, k, v, forget, momentum, lr, state.memory, backend=c.backend, **options)
         else:
             y, memory = memory_scan(
                 q, k, v, forget, momentum, lr, state.memory,
@@ -146,7 +133,8 @@ class MemoryLayer(nn.Module):
         """M(q) at given weights, normalised per head. q [B, n, H, D] -> [B, n, dim]."""
         q, asked = unit(q)
         state = MemoryState(weights, weights)  # the surprise is not read
-        y = memory_read(q, state, residual_norm=self.config.residual_norm, hidden_group=self.hidden_group)
+        c = self.config
+        y = memory_read(q, state, residual_norm=c.residual_norm, backend=c.backend, hidden_split=self.hidden_split)
         return (self.norm(y) * asked).flatten(-2)
 
     def _scan_persistent(self, x: Tensor, start: InitialMemory) -> tuple[Tensor, InitialMemory]:
@@ -157,7 +145,7 @@ class MemoryLayer(nn.Module):
         y, memory = memory_scan(
             q, k, v, forget, momentum, lr, start.memory, chunk_size=c.chunk_size, residual_norm=c.residual_norm,
             damping=c.damping, forget_to=c.forget_to, initial_state=start.memory, checkpoint_every=c.checkpoint_every, backend=c.backend,
-            hidden_group=self.hidden_group,
+            hidden_split=self.hidden_split,
         )  # fmt: skip
         return y, InitialMemory(memory.opened(), conv)
 

@@ -46,7 +46,7 @@ class LayerState:
 @dataclass(frozen=True)
 class ModelState:
     layers: tuple[LayerState, ...]
-    position: Tensor  # [B] int64: position of the next token in its document
+    position: Tensor  # [B] int64: position of the next token in its document; 0: after padding
 
     def detach(self) -> "ModelState":
         """The same values without history: the next call's gradients stop here (truncated back-propagation)."""

@@ -1,70 +1,99 @@
 """Everything that parallelism does to a model, in order."""
 
 import torch
+from torch import nn
 
 from titans_pretrain.config import Config
 from titans_pretrain.models.causal_lm import TitansForCausalLM
+from titans_pretrain.models.initialize import initialize_part
 from titans_pretrain.parallel.engine import ParallelEngine
+from titans_pretrain.parallel.layout import needs_segments, stage_layers
 from titans_pretrain.parallel.mesh import Mesh
-from titans_pretrain.parallel.pipeline import Pipeline, stage_layers
+from titans_pretrain.parallel.pipeline import Pipeline
 from titans_pretrain.parallel.ring import LocalLink, RingLink
 from titans_pretrain.parallel.segments import SegmentedStage
-from titans_pretrain.parallel.stage import Stage, join_stages
+from titans_pretrain.parallel.stage import Stage, keep_parts, replace_parts, stage_parts
+from titans_pretrain.parallel.tensor import shard_outputs, shard_part
+from titans_pretrain.parallel.zero import partition_part, zero_engine
+from titans_pretrain.training.engine import Engine, SingleEngine
 from titans_pretrain.training.optimizer import build_optimizer
 
 
-def needs_segments(config: Config) -> bool:
-    p, train = config.parallel, config.train
-    return p.segments > 1 or train.recompute == "segment" or train.truncate_state_gradient_every is not None
+def build_engine(config: Config, model: TitansForCausalLM, mesh: Mesh, *, initialise: bool = True) -> Engine:
+    """The model as it is on one device, or taken apart where the config asks for anything parallel or in segments.
+
+    model: on the meta device; a part that has values keeps them. It is given values part by part, so that no more than one (a
+    layer, the embedding) is ever whole on a rank, the same ones under every layout. initialise: False where a checkpoint's values
+    follow; NaN until then."""
+    seed = config.train.seed if initialise else None
+    if mesh.world > 1 or config.parallel.zero_stage or needs_segments(config):
+        return parallelize(model, config, mesh, seed)
+    replace_parts(model, lambda name, part: with_values(part, name, seed).to(mesh.device))
+    model.set_recompute(config.train.recompute)
+    return SingleEngine(config, model, mesh.device)
 
 
-def parallelize(model: TitansForCausalLM, config: Config, mesh: Mesh) -> ParallelEngine:
+def with_values(part: nn.Module, name: str, seed: int | None) -> nn.Module:
+    """A part of a model on the CPU instead of the meta device. seed: None: NaN."""
+    if next(part.parameters()).is_meta:
+        part.to_empty(device="cpu")
+        if seed is None:
+            for p in part.parameters():
+                nn.init.constant_(p, torch.nan)
+        else:
+            initialize_part(part, name, seed)
+    return part
+
+
+def parallelize(model: TitansForCausalLM, config: Config, mesh: Mesh, seed: int | None = None) -> ParallelEngine:
     """A single-device model -> an engine that trains this rank's part of it.
 
-    model: freshly initialised, the same on every rank, on the CPU or the rank's device; it is taken apart. The layout was checked
-    by build_mesh."""
+    model, seed: as build_engine has them, alike on every rank; the model is taken apart. The layout was checked by build_mesh."""
     p, train = config.parallel, config.train
 
-    # 1. Tensor parallelism: this rank's slice of every layer.
+    # 1. Pipeline parallelism: this rank's layers, as stages.
+    layers = stage_layers(config.model, p.pp * p.stages_per_rank, config.data.seq_len)[mesh.pipeline.rank :: p.pp]
+    keep_parts(model, (part for stage in layers for part in stage_parts(config.model, stage)))
+    stages = [Stage(model, stage) for stage in layers]
+
+    # 2. Values, and tensor parallelism: this rank's slice of every part.
+    dtype = torch.bfloat16 if train.precision == "bf16" and p.zero_stage else None  # ZeRO holds the float32 masters
+
+    def own(name: str, part: nn.Module) -> nn.Module:
+        part = with_values(part, name, seed)
+        if mesh.tensor.size > 1:
+            part = shard_part(name, part, sequence_parallel=p.sequence_parallel, memory_split=p.memory_split)
+        part = part.to(mesh.device, dtype)
+        if p.zero_stage == 3:
+            partition_part(config, mesh, part)
+        return part
+
+    replace_parts(model, own)
     if mesh.tensor.size > 1:
-        from titans_pretrain.parallel.tensor import shard_tensors
-
-        shard_tensors(model, sequence_parallel=p.sequence_parallel, memory_split=p.memory_split)
-
-    # 2. Pipeline parallelism: this rank's layers, as stages.
-    layers = stage_layers(config.model, p.pp * p.stages_per_rank)
-    stages = [Stage(model, layers[v * p.pp + mesh.pipeline.rank]) for v in range(p.stages_per_rank)]
-    whole = join_stages(stages)
-    whole.to(mesh.device)
-    if train.precision == "bf16" and p.zero_stage:
-        whole.to(torch.bfloat16)  # ZeRO holds the float32 masters
+        shard_outputs(model)
 
     # 3. The sequence in segments, over context-parallel ranks or one after the other; what the backward pass recomputes.
-    modules: list[torch.nn.Module] = list(stages)
+    modules: list[nn.Module] = list(stages)
     if needs_segments(config):
         every = train.truncate_state_gradient_every
         truncate = every and every // (config.data.seq_len // p.segments)
         link = RingLink(mesh) if mesh.context.size > 1 else LocalLink()
         modules = [SegmentedStage(s, link, p.segments_per_rank, train.recompute, truncate) for s in stages]
     else:
-        for stage in stages:
-            stage.recompute_blocks = train.recompute == "block"
+        model.set_recompute(train.recompute)
 
     # 4. The schedule that drives the stages.
     micro_batches = train.global_batch // (train.micro_batch * mesh.data.size)
     pipeline = None
     if mesh.pipeline.size > 1:
-        pipeline = Pipeline(config, mesh, modules, micro_batches, next(whole.parameters()).dtype)
+        pipeline = Pipeline(config, mesh, modules, micro_batches, next(model.parameters()).dtype)
 
     # 5. The optimizer, and ZeRO around it.
-    optimizer = build_optimizer(whole, train)
+    optimizer = build_optimizer(model, train)
     zero = None
     if p.zero_stage:
-        from titans_pretrain.parallel.zero import zero_engine
-
-        last = whole.layers and mesh.pipeline.rank == mesh.pipeline.size - 1 > 0
-        if last and config.model.tie_embeddings:
-            whole.embed_tokens.weight.ds_pipe_replicated = True  # the first stage's copy counts in norms
-        called = modules[0] if p.zero_stage >= 2 else whole
+        if config.model.tie_embeddings and mesh.pipeline.rank == mesh.pipeline.size - 1 > 0:
+            model.embed_tokens.weight.ds_pipe_replicated = True  # the first stage's copy counts in norms
+        called = modules[0] if p.zero_stage >= 2 else model
         zero = zero_engine(config, mesh, called, optimizer, micro_batches if p.zero_stage >= 2 else 1)
-    return ParallelEngine(config, mesh, whole, modules, pipeline, optimizer, zero)
+    return ParallelEngine(config, mesh, model, modules, pipeline, optimizer, zero)

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titans_pretrain.config import Config
+from titans_pretrain.models.causal_lm import TitansForCausalLM
 from titans_pretrain.parallel.gradients import all_reduce_in_buckets, clip_by_global_norm, sum_tied_gradients
 from titans_pretrain.parallel.mesh import Mesh
 from titans_pretrain.parallel.pipeline import Pipeline
-from titans_pretrain.parallel.stage import Stage
 from titans_pretrain.training.engine import compute_dtype, count_targets, on_device
 from titans_pretrain.training.optimizer import set_learning_rate
 
@@ -24,7 +24,7 @@ class ParallelEngine:
         self,
         config: Config,
         mesh: Mesh,
-        model: Stage,
+        model: TitansForCausalLM,
         modules: list[nn.Module],
         pipeline: Pipeline | None,
         optimizer: torch.optim.Optimizer | None,
@@ -50,7 +50,9 @@ class ParallelEngine:
         scale = self.averaged / targets
         with compute_dtype(self.mesh.device, self.autocast):
             if self.pipeline is not None:
-                total = self.pipeline.forward_backward([on_device(b, self.mesh.device) for b in batches], scale)
+                total = self.pipeline.forward_backward(
+                    [on_device(b, self.config, self.mesh.device) for b in batches], scale
+                )
             else:
                 total = self._forward_backward(batches, scale)
         for module in self.modules:
@@ -63,7 +65,7 @@ class ParallelEngine:
         for start in range(0, len(batches), inflight):
             losses = []
             for batch in batches[start : start + inflight]:
-                losses.append(self._call(on_device(batch, self.mesh.device)).sum() * scale)
+                losses.append(self._call(on_device(batch, self.config, self.mesh.device)).sum() * scale)
             while losses:
                 loss = losses.pop()
                 total += loss.detach()
@@ -112,7 +114,7 @@ class ParallelEngine:
         return norm
 
     def evaluate(self, batches: Sequence) -> float:
-        inputs = [on_device(batch, self.mesh.device) for batch in batches]
+        inputs = [on_device(batch, self.config, self.mesh.device) for batch in batches]
         with torch.no_grad(), compute_dtype(self.mesh.device, self.autocast):
             if self.pipeline is not None:
                 total = self.pipeline.evaluate(inputs)

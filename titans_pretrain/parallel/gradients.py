@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from titans_pretrain.models.causal_lm import TitansForCausalLM
 from titans_pretrain.parallel.mesh import Axis, Mesh
 
 BUCKET_BYTES = 128 * 2**20
@@ -32,13 +33,13 @@ def all_reduce_in_buckets(tensors: Sequence[Tensor], group: dist.ProcessGroup) -
         reduce()
 
 
-def sum_tied_gradients(stage: nn.Module, pipeline: Axis) -> None:
+def sum_tied_gradients(model: TitansForCausalLM, pipeline: Axis) -> None:
     """A tied embedding is on the first stage and, as head, on the last: both get the sum of their gradients."""
-    if pipeline.size == 1 or not stage.config.tie_embeddings or stage.embed_tokens is None:
+    if pipeline.size == 1 or not model.config.tie_embeddings or model.embed_tokens is None:
         return
     from megatron.core import parallel_state as ps
 
-    weight = stage.embed_tokens.weight
+    weight = model.embed_tokens.weight
     gradient = getattr(weight, "_hp_grad", None)  # where DeepSpeed's BF16_Optimizer accumulates in float32
     dist.all_reduce(weight.grad if gradient is None else gradient, group=ps.get_embedding_group())
 

@@ -1,4 +1,4 @@
-"""The process mesh: world = DP x CP x TP x PP, its groups, and every check of a layout in one place.
+"""The process mesh: world = DP x CP x TP x PP, and its groups. layout.py has the rules.
 
 Ranks are numbered as megatron-core does, tensor parallel fastest: rank = tp + TP * (cp + CP * (dp + DP * pp)).
 """
@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from titans_pretrain.config import Config
 from titans_pretrain.parallel.launch import launched_world, start_processes
+from titans_pretrain.parallel.layout import check_layout
 from titans_pretrain.parallel.megatron import load_megatron
-from titans_pretrain.parallel.tensor import check_tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -35,79 +35,6 @@ class Mesh:
     pipeline: Axis = Axis()
     data_context: Axis = Axis()  # DP x CP: what gradients are summed over and ZeRO partitions over
     model: Axis = Axis()  # TP x PP: what one copy of the model is spread over
-
-
-def check_layout(config: Config, world: int) -> int:
-    """The data-parallel degree of `world` processes. Raises ValueError, naming the numbers and a layout that would work."""
-    p, train = config.parallel, config.train
-    model = p.tp * p.cp * p.pp
-    if world % model:
-        raise ValueError(
-            f"{world} processes do not divide into parallel.tp={p.tp} * parallel.cp={p.cp} * parallel.pp={p.pp} = {model}; "
-            f"start {-(-world // model) * model} processes, or choose degrees whose product divides {world}"
-        )
-    dp = world // model
-    rows = train.micro_batch * dp
-    if train.global_batch % rows:
-        raise ValueError(
-            f"train.global_batch={train.global_batch} must be a multiple of train.micro_batch={train.micro_batch} * {dp} "
-            f"data-parallel processes = {rows}; try train.global_batch={-(-train.global_batch // rows) * rows}"
-        )
-    micro_batches = train.global_batch // rows
-    check_tensor_parallel(config.model, p.tp, p.sequence_parallel, p.memory_split)
-    if p.sequence_parallel and (config.data.seq_len // p.segments) % p.tp:
-        raise ValueError(
-            f"parallel.sequence_parallel needs segments of a multiple of parallel.tp={p.tp} tokens, got "
-            f"data.seq_len={config.data.seq_len} in {p.segments} segments"
-        )
-    stages = p.pp * p.stages_per_rank
-    if stages > config.model.layers:
-        raise ValueError(
-            f"model.layers={config.model.layers} is fewer than {stages} pipeline stages (parallel.pp={p.pp} * "
-            f"parallel.stages_per_rank={p.stages_per_rank}); lower parallel.pp to {config.model.layers} or less"
-        )
-    if p.pp > 1 and micro_batches < p.pp:
-        raise ValueError(
-            f"parallel.pp={p.pp} needs as many micro-batches in a step, got {micro_batches}: "
-            f"try train.global_batch={rows * p.pp}"
-        )
-    rounds = max(1, micro_batches // p.pp)
-    if p.pipeline_schedule == "interleaved" and micro_batches % rounds:
-        raise ValueError(
-            f"parallel.pipeline_schedule=interleaved needs micro-batches in {rounds} equal rounds, got {micro_batches}: "
-            f"try train.global_batch={rows * rounds * p.pp}"
-        )
-    if p.inflight > 1 and (p.cp == 1 or p.pp > 1):
-        raise ValueError(
-            f"parallel.inflight={p.inflight} fills a context-parallel ring: it needs parallel.cp > 1 and "
-            "parallel.pp=1 (a pipeline's schedule says itself what is in flight)"
-        )
-    _check_zero(config)
-    return dp
-
-
-def _check_zero(config: Config) -> None:
-    p = config.parallel
-    if config.deepspeed and not p.zero_stage:
-        raise ValueError(
-            f"deepspeed.{next(iter(config.deepspeed))} is set, but parallel.zero_stage=0 runs without DeepSpeed: set "
-            "parallel.zero_stage=1, 2 or 3, or remove the deepspeed block"
-        )
-    if p.zero_stage:
-        from titans_pretrain.parallel.zero import zero_settings
-
-        zero_settings(config, 1)
-    if p.zero_stage > 1 and p.pp > 1:
-        raise ValueError(
-            f"parallel.zero_stage={p.zero_stage} with parallel.pp={p.pp}: a pipeline accumulates gradients over its "
-            "micro-batches, which stages 2 and 3 would reduce one by one; use parallel.zero_stage=1"
-        )
-    if p.zero_stage == 3 and (p.segments > 1 or config.train.recompute == "segment"):
-        raise ValueError(
-            "parallel.zero_stage=3 cannot run sequences in segments (parallel.cp > 1, parallel.segments_per_rank > 1 or "
-            "train.recompute=segment): it gathers parameters inside the layer loop, where the ranks of a ring are at "
-            "different layers; use parallel.zero_stage=2"
-        )
 
 
 def build_mesh(config: Config, device: torch.device) -> Mesh:

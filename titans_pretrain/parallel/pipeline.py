@@ -1,4 +1,4 @@
-"""Pipeline parallelism: which layers a stage holds, and the schedule that drives the stages (torch.distributed.pipelining)."""
+"""Pipeline parallelism: the schedule that drives the stages (torch.distributed.pipelining)."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,44 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_pretrain.config import Config
-from titans_pretrain.config.model import ModelConfig
-from titans_pretrain.models.costs import head_cost, layer_cost
 from titans_pretrain.parallel.mesh import Mesh
-
-
-def cut_layers(costs: Sequence[float], first: float, last: float, stages: int) -> list[range]:
-    """Consecutive, non-empty ranges of layers, one per stage, with the smallest possible cost of the dearest stage.
-
-    costs: of each layer; first, last: what the embedding adds to the first stage and the head to the last."""
-    layers = len(costs)
-    assert 1 <= stages <= layers
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-
-    def cost(start: int, stop: int) -> float:
-        return sums[stop] - sums[start] + (first if start == 0 else 0) + (last if stop == layers else 0)
-
-    # best[n][stop]: (cost of the dearest of n stages over layers [0, stop), where the last of them starts)
-    best = [{stop: (cost(0, stop), 0) for stop in range(1, layers + 1)}]
-    for n in range(1, stages):
-        best.append(
-            {
-                stop: min((max(best[n - 1][start][0], cost(start, stop)), start) for start in range(n, stop))
-                for stop in range(n + 1, layers + 1)
-            }
-        )
-    cuts, stop = [], layers
-    for n in reversed(range(stages)):
-        start = best[n][stop][1]
-        cuts.append(range(start, stop))
-        stop = start
-    return cuts[::-1]
-
-
-def stage_layers(c: ModelConfig, stages: int) -> list[range]:
-    """The layers of each stage, balanced by cost; the head's counts, an embedding's lookup is free."""
-    return cut_layers([layer_cost(layer) for layer in c.layer_configs], 0.0, head_cost(c), stages)
 
 
 class Pipeline:

@@ -13,6 +13,7 @@ What is kept for the backward pass (`recompute`):
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from titans_pretrain.kernels.memory_scan import MemoryState
 from titans_pretrain.models.mac import MacBlock
 from titans_pretrain.models.state import LayerState, MemoryLayerState, map_tensors, tensors
 from titans_pretrain.parallel.ring import LocalLink, RingLink
-from titans_pretrain.parallel.stage import Stage
+from titans_pretrain.parallel.stage import Stage, part_of
 from titans_pretrain.parallel.timeline import Timeline
 
 
@@ -46,7 +47,7 @@ class SegmentedStage(nn.Module):
     def forward(self, x: Tensor, *, positions: Tensor, labels: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return _Pass(self, x, positions, labels, {}).forward("nothing")
-        names, parameters = zip(*self.stage.named_parameters(), strict=True)
+        names, parameters = zip(*self.stage.own_parameters().items(), strict=True)
         return _Walk.apply(self, names, x, positions, labels, *parameters)
 
     def number(self, i: int) -> int:
@@ -83,10 +84,28 @@ class _Walk(torch.autograd.Function):
 class _Cell:
     """One step of a segment. run(*inputs) -> outputs; the first of each is the activation, the rest is the layer's state."""
 
-    name: str  # of the layer; "enter" or "leave"
+    name: str  # of the layer, as it is in the model; "enter" or "leave"
+    parameters: dict[str, Tensor]  # that it reads, by their names in the model: the stand-ins of _Walk
     run: Callable[..., tuple[Tensor, ...]]
     inputs: tuple[Tensor, ...] = ()
     outputs: tuple[Tensor, ...] | None = None  # with their graph, where that is kept
+
+
+class _Caller(nn.Module):
+    """Lets functional_call stand in for any function of a model."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, f: Callable, *args):
+        return f(*args)
+
+
+def _with_parameters(model: nn.Module, parameters: dict[str, Tensor], f: Callable, *args):
+    """f(*args) while the model has these parameters."""
+    own = {f"model.{name}": p for name, p in parameters.items()}
+    return functional_call(_Caller(model), own, (f, *args), tie_weights=False)
 
 
 class _Pass:
@@ -96,14 +115,19 @@ class _Pass:
         if positions.shape[1] % segmented.segments:
             raise ValueError(f"{positions.shape[1]} tokens do not divide into {segmented.segments} segments")
         self.segmented, self.stage, self.link = segmented, segmented.stage, segmented.link
+        self.model = segmented.stage.model
+        self.layers = {str(i): self.model.layers[i] for i in self.stage.layers}
         self.x, self.positions, self.labels = x, positions, labels
         self.length = positions.shape[1] // segmented.segments
         self.parameters: dict[str, Tensor] = parameters
+        self.parts: dict[str, dict[str, Tensor]] = {}  # part -> its parameters
+        for name, p in parameters.items():
+            self.parts.setdefault(part_of(name), {})[name] = p
         self.gradients: dict[str, Tensor] = {}
         self.kept: list = []  # per segment: its cells; with recompute=segment the states that entered it
         device = x.device.type
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        weight = next(iter(self.stage.parameters()))
+        weight = next(iter(self.model.parameters()))
         self.dtype = self.autocast[1] if self.autocast[2] else weight.dtype  # of the activations
 
     # Forward
@@ -150,29 +174,27 @@ class _Pass:
 
     def _cells(self, i: int) -> Iterator[_Cell]:
         """The steps of this rank's i-th segment."""
-        stage, number = self.stage, self.segmented.number(i)
+        stage, model, number = self.stage, self.model, self.segmented.number(i)
         positions, labels = (_piece(t, i, self.segmented.segments) for t in (self.positions, self.labels))
-        by = stage.rotation(positions, self.dtype)
+        by = model.rotations(positions, self.dtype)
         if stage.first:
-            yield _Cell(
-                "enter", lambda tokens: (functional_call(stage.embed_tokens, self._own("embed_tokens."), tokens),)
-            )
-        for name, block in stage.layers.items():
+            yield self._cell("enter", ["embed_tokens"], lambda tokens: (model.embed_tokens(tokens),))
+        for name, layer in self.layers.items():
 
-            def run(x, *state, name=name, block=block):
+            def run(x, *state, name=name, layer=layer):
                 before = _refill(self._template(name, number), state) if state else None
-                y, after = functional_call(block, self._own(f"layers.{name}."), (x, before, by, positions))
+                y, after = layer(x, before, by, positions)
                 return y, *tensors(_bare(after))
 
-            yield _Cell(name, run)
+            yield self._cell(name, [f"layers.{name}"], run)
         if stage.last:
+            head = "embed_tokens" if model.lm_head is None else "lm_head"
+            yield self._cell("leave", ["norm", head], lambda hidden: (stage.loss(hidden, labels),))
 
-            def leave(hidden):
-                hidden = functional_call(stage.norm, self._own("norm."), hidden)
-                head = self.parameters.get(stage.head_name, stage.head_weight)
-                return (stage.loss(hidden, head, labels),)
-
-            yield _Cell("leave", leave)
+    def _cell(self, name: str, parts: list[str], f: Callable[..., tuple[Tensor, ...]]) -> _Cell:
+        """A step that reads these parts' parameters: by their stand-ins, where there are any."""
+        own = {n: p for part in parts for n, p in self.parts.get(part, {}).items()}
+        return _Cell(name, own, partial(_with_parameters, self.model, own, f))
 
     def _run_with_graph(self, cell: _Cell) -> None:
         cell.inputs = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in cell.inputs)
@@ -210,9 +232,9 @@ class _Pass:
         with timeline.span("backward", f"layer {cell.name}, segment {number}"):
             if cell.outputs is None:
                 self._run_with_graph(cell)
-            own = self._names(cell.name)
+            own = {n: p for n, p in cell.parameters.items() if p.requires_grad}
             inputs = [t for t in cell.inputs if t.requires_grad]
-            wanted = [*inputs, *(self.parameters[n] for n in own)]
+            wanted = [*inputs, *own.values()]
             outputs, d_outputs = zip(*((y, d) for y, d in zip(cell.outputs, d_outputs) if y.requires_grad))
             found = torch.autograd.grad(outputs, wanted, d_outputs, allow_unused=True)
             for name, gradient in zip(own, found[len(inputs) :], strict=True):
@@ -220,28 +242,18 @@ class _Pass:
                     known = self.gradients.get(name)
                     self.gradients[name] = gradient if known is None else known + gradient
             found = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found)]
-        if cell.name in self.stage.layers and self.segmented.gradient_crosses(number):
+        if cell.name in self.layers and self.segmented.gradient_crosses(number):
             self.link.send_gradient(cell.name, _refill(self._template(cell.name, number), found[1:]))
         return found[0] if found else None
 
-    # Names and shapes
-
-    def _own(self, prefix: str) -> dict[str, Tensor]:
-        """Stand-ins of a module's parameters, by their names in it."""
-        return {n.removeprefix(prefix): p for n, p in self.parameters.items() if n.startswith(prefix)}
-
-    def _names(self, cell: str) -> list[str]:
-        """Trained parameters that a cell reads."""
-        heads = ("norm.", self.stage.head_name)
-        prefixes = {"enter": ("embed_tokens.",), "leave": heads}.get(cell, (f"layers.{cell}.",))
-        return [n for n, p in self.parameters.items() if n.startswith(prefixes) and p.requires_grad]
+    # Shapes
 
     def _templates(self, boundary: int) -> dict[str, LayerState]:
-        return {name: self._template(name, boundary) for name in self.stage.layers}
+        return {name: self._template(name, boundary) for name in self.layers}
 
     def _template(self, layer: str, boundary: int) -> LayerState:
         tokens = boundary * self.length
-        return state_template(self.stage.layers[layer], self.positions.shape[0], tokens, self.dtype)
+        return state_template(self.layers[layer], self.positions.shape[0], tokens, self.dtype)
 
 
 def state_template(block: nn.Module, batch: int, tokens: int, dtype: torch.dtype) -> LayerState:

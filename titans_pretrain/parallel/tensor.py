@@ -27,56 +27,16 @@ the tokens (with sequence parallelism: the norms) are summed once in each backwa
 """
 
 from functools import partial
-from math import gcd
 from typing import Literal
 
-from titans_pretrain.config.model import ModelConfig
+from torch import nn
+
 from titans_pretrain.kernels.cross_entropy import linear_cross_entropy
 from titans_pretrain.models.causal_lm import TitansForCausalLM
+from titans_pretrain.parallel.layout import check_tensor_parallel
 from titans_pretrain.parallel.megatron import load_megatron
-
-
-def check_tensor_parallel(c: ModelConfig, tp: int, sequence_parallel: bool, memory_split: str) -> None:
-    """Raises ValueError where a model cannot be spread over tp ranks; the message names a setting that works."""
-    if tp == 1:
-        if sequence_parallel:
-            raise ValueError(
-                "parallel.sequence_parallel splits the sequence over tensor-parallel ranks: with parallel.tp=1 set it to false"
-            )
-        return
-    hidden = c.has_memory and memory_split == "hidden"
-    layers = c.layer_configs
-    memories = [layer.memory for layer in layers if layer.has_memory]
-    depths = {m.depth for m in memories} - {2}
-    if hidden and depths:
-        raise ValueError(
-            f"parallel.memory_split=hidden needs model.memory.depth=2, got {min(depths)}: use parallel.memory_split=heads"
-        )
-    if hidden and c.memory.backend == "reference":
-        raise ValueError(
-            "parallel.memory_split=hidden cannot run model.memory.backend=reference: use auto or chunked, or "
-            "parallel.memory_split=heads"
-        )
-    sizes = [("model.vocab_size", c.vocab_size), *(("model.ffn_dim", layer.ffn_dim) for layer in layers)]
-    for layer in layers:
-        if layer.has_attention:
-            sizes += [("model.heads", layer.heads), ("model.kv_heads", layer.kv_heads)]
-    inner = "the hidden size of a memory, model.memory.expansion * model.dim / model.memory.heads"
-    sizes += [
-        (inner, int(m.expansion * (c.dim // m.heads))) if hidden else ("model.memory.heads", m.heads) for m in memories
-    ]
-    sizes = list(dict.fromkeys(sizes))
-    common = gcd(*(size for _, size in sizes))
-    legal = [str(n) for n in range(1, common + 1) if common % n == 0]
-    for name, size in sizes:
-        if size % tp == 0:
-            continue
-        ways = [f"parallel.tp={' or '.join(legal)}"]
-        if name in ("model.vocab_size", "model.ffn_dim"):
-            ways.append(f"{name}={-(-size // tp) * tp}")
-        if name == "model.memory.heads" and not depths:
-            ways.append("parallel.memory_split=hidden")
-        raise ValueError(f"{name}={size} does not divide over parallel.tp={tp}: use {', or '.join(ways)}")
+from titans_pretrain.parallel.splits import vocabulary_split
+from titans_pretrain.parallel.stage import replace_parts
 
 
 def shard_tensors(
@@ -84,26 +44,42 @@ def shard_tensors(
 ) -> None:
     """Keeps this rank's slice of the weights, in place, and puts the communication in.
 
-    Call after megatron-core's groups are up, on every rank of the tensor-parallel group alike, with the same initialised weights
-    of any floating dtype. All parameters keep their names; a sharded one carries megatron-core's `tensor_model_parallel` and
-    `partition_dim`. With sequence_parallel the activations between the parts of a block are [B, T / TP, dim], and T must be a
-    multiple of TP. Every rank is given the same tokens and returns the same loss, or the logits of the whole vocabulary.
+    Call after megatron-core's groups are up, on every rank of the tensor-parallel group alike, with the same weights of any
+    floating dtype, or on the meta device. All parameters keep their names; a sharded one carries megatron-core's
+    `tensor_model_parallel` and `partition_dim`. With sequence_parallel the activations between the parts of a block are
+    [B, T / TP, dim], and T must be a multiple of TP. Every rank is given the same tokens and returns the same loss, or the logits
+    of the whole vocabulary.
 
     Raises ValueError as check_tensor_parallel does.
     """
     load_megatron()
-    from titans_pretrain.parallel.tensor_blocks import enter_after, shard_block
-    from titans_pretrain.parallel.tensor_layers import ColumnLinear, VocabEmbedding, gather_logits, tensor_group
+    from titans_pretrain.parallel.tensor_layers import tensor_group
 
-    group = tensor_group()
-    check_tensor_parallel(model.config, group.size(), sequence_parallel, memory_split)
-    if group.size() == 1:
-        return
-    model.embed_tokens = VocabEmbedding(model.embed_tokens, sequence_parallel)
-    for block in model.layers:
-        shard_block(block, sequence_parallel, memory_split)
-    enter_after(model.norm, sequence_parallel)
-    if model.lm_head is not None:
-        model.lm_head = ColumnLinear(model.lm_head)
-    model.cross_entropy = partial(linear_cross_entropy, group=group)
+    check_tensor_parallel(model.config, tensor_group().size(), sequence_parallel, memory_split)
+    if tensor_group().size() > 1:
+        replace_parts(model, partial(shard_part, sequence_parallel=sequence_parallel, memory_split=memory_split))
+        shard_outputs(model)
+
+
+def shard_part(name: str, part: nn.Module, *, sequence_parallel: bool, memory_split: str) -> nn.Module:
+    """What stands for a part (models.initialize.named_parts) on this rank. See shard_tensors."""
+    from titans_pretrain.parallel.tensor_blocks import enter_after, shard_block
+    from titans_pretrain.parallel.tensor_layers import ColumnLinear, VocabEmbedding
+
+    if name == "embed_tokens":
+        return VocabEmbedding(part, sequence_parallel)
+    if name == "lm_head":
+        return ColumnLinear(part)
+    if name == "norm":
+        enter_after(part, sequence_parallel)
+    else:
+        shard_block(part, sequence_parallel, memory_split)
+    return part
+
+
+def shard_outputs(model: TitansForCausalLM) -> None:
+    """Loss and logits of a model whose embedding and head are cut by vocabulary."""
+    from titans_pretrain.parallel.tensor_layers import gather_logits, tensor_group
+
+    model.cross_entropy = partial(linear_cross_entropy, vocabulary_split=vocabulary_split(tensor_group()))
     model.register_forward_hook(gather_logits)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from titans_pretrain.models.blocks import Block
 from titans_pretrain.models.mac import MacBlock
 from titans_pretrain.models.memory import MemoryLayer
+from titans_pretrain.parallel.splits import hidden_split
 from titans_pretrain.parallel.tensor_layers import (
     ColumnLinear,
     RowLinear,
@@ -64,7 +65,7 @@ def _shard_memory_hidden(memory: MemoryLayer, sequence_parallel: bool) -> None:
     """Beside its two weights the layer stays as it is: all ranks compute the same, from the same input."""
     memory.weights[0] = cut(memory.weights[0], 2)
     memory.weights[1] = cut(memory.weights[1], 1)
-    memory.hidden_group = tensor_group()
+    memory.hidden_split = hidden_split(tensor_group())
 
     def shared(_, args):
         x, state, positions, *persistent = args

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO over the mesh: its settings from ours, and the groups it asks for.
+"""DeepSpeed ZeRO over the mesh: the engine, and the groups it asks for.
 
 ZeRO partitions and averages over DP x CP. Optimizers are built here and passed in: those that DeepSpeed builds from its
 configuration compile C++ at start.
@@ -7,78 +7,14 @@ configuration compile C++ at start.
 import contextlib
 import io
 import logging
-from typing import Any
 
 import torch
+from torch import nn
 
 from titans_pretrain.config import Config
+from titans_pretrain.models.blocks import Block
 from titans_pretrain.parallel.mesh import Mesh
-from titans_pretrain.parallel.stage import Stage
-
-# What a key of the `deepspeed:` block must agree with.
-_OURS = {
-    "train_batch_size": "train.global_batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
-    "gradient_clipping": "train.grad_clip",
-    "optimizer": "train.lr, train.beta1, train.beta2, train.weight_decay",
-    "scheduler": "train.lr, train.min_lr, train.warmup_steps",
-    "bf16.enabled": "train.precision",
-    "fp16": "train.precision (fp32 or bf16)",
-    "torch_autocast": "train.precision",
-    "zero_optimization.stage": "parallel.zero_stage",
-    "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
-    "tensor_parallel": "parallel.tp",
-    "pipeline": "parallel.pp",
-    "sequence_parallel_size": "parallel.cp",
-    "data_types": "train.precision",
-    "checkpoint": "the project's own checkpoints",
-}
-
-
-def zero_settings(config: Config, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's configuration. accumulation: backward passes per step that ZeRO sees.
-
-    Raises ValueError for a `deepspeed:` block that contradicts the rest of the config."""
-    p, train = config.parallel, config.train
-    zero: dict[str, Any] = {"stage": p.zero_stage}
-    if p.zero_stage == 1:
-        # The gradients come from outside (a ring or a pipeline), reduced once per step.
-        zero |= {"contiguous_gradients": False, "overlap_comm": False}
-    if p.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": train.grad_clip,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
-    }
-    if train.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
-        if p.zero_stage == 1:
-            settings["bf16"]["immediate_grad_update"] = True
-            settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merge(settings, config.deepspeed, ())
-
-
-def _merge(ours: dict, theirs: dict, at: tuple[str, ...]) -> dict:
-    merged = dict(ours)
-    for key, value in theirs.items():
-        name = ".".join((*at, key))
-        if name in _OURS:
-            known = ours.get(key)
-            if value != known:
-                told = "it is not set here" if known is None else f"{known!r} here"
-                raise ValueError(f"deepspeed.{name}={value!r} contradicts {_OURS[name]} ({told}); set that instead")
-        elif isinstance(value, dict) and isinstance(ours.get(key, {}), dict):
-            merged[key] = _merge(ours.get(key, {}), value, (*at, key))
-        elif key in ours and ours[key] != value:
-            raise ValueError(f"deepspeed.{name}={value!r} cannot be changed: this trainer needs {ours[key]!r}")
-        else:
-            merged[key] = value
-    return merged
+from titans_pretrain.parallel.zero_settings import zero_settings
 
 
 def load_deepspeed():
@@ -88,18 +24,26 @@ def load_deepspeed():
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
 
 
-def zero_engine(config: Config, mesh: Mesh, module: Stage, optimizer: torch.optim.Optimizer, accumulation: int):
+def partition_part(config: Config, mesh: Mesh, part: nn.Module) -> None:
+    """Leaves this rank's share of every parameter (stage 3): before the next part is made, not when the model is whole."""
+    group = mesh.data_context.group
+    load_deepspeed().zero.Init(
+        part, data_parallel_group=group, config_dict_or_path=zero_settings(config, 1), mpu=Groups(mesh)
+    )
+
+
+def zero_engine(config: Config, mesh: Mesh, module: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int):
     """A DeepSpeed engine around a module and its optimizer."""
     deepspeed = load_deepspeed()
     settings = zero_settings(config, accumulation)
     if (
         config.parallel.zero_stage == 3
     ):  # a block reads its parts' weights outside of their calls, and often: gather it as one
-        deepspeed.utils.set_z3_leaf_modules(module, list({type(block) for block in module.layers.values()}))
-    deepspeed.init_distributed(dist_init_required=False)
+        deepspeed.utils.set_z3_leaf_modules(module, list({type(m) for m in module.modules() if isinstance(m, Block)}))
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=Groups(mesh))
     return engine

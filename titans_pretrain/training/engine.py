@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from titans_pretrain.config import Config
+from titans_pretrain.models.inputs import check_values
 from titans_pretrain.training.optimizer import build_optimizer, set_learning_rate
 
 
@@ -54,7 +55,7 @@ class SingleEngine:
         total = 0.0
         for batch in batches:
             with compute_dtype(self.device, self.config.train.precision):
-                loss = self.model(**on_device(batch, self.device), num_items_in_batch=targets).loss
+                loss = self.model(**on_device(batch, self.config, self.device), num_items_in_batch=targets).loss
             loss.backward()
             total += loss.detach()
         return float(total)
@@ -70,7 +71,9 @@ class SingleEngine:
 
     def evaluate(self, batches: Sequence) -> float:
         with torch.no_grad(), compute_dtype(self.device, self.config.train.precision):
-            return sum(float(self.model(**on_device(b, self.device), num_items_in_batch=1).loss) for b in batches)
+            return sum(
+                float(self.model(**on_device(b, self.config, self.device), num_items_in_batch=1).loss) for b in batches
+            )
 
     def any(self, flag: bool) -> bool:
         return flag
@@ -81,8 +84,9 @@ def count_targets(batch) -> int:
     return int((batch.labels != -100).sum())
 
 
-def on_device(batch, device: torch.device) -> dict:
-    """A batch as the model's arguments."""
+def on_device(batch, config: Config, device: torch.device) -> dict:
+    """A batch as the model's arguments. Raises ValueError, before it leaves the CPU, where the model cannot read it."""
+    check_values(config.model, batch.tokens, batch.positions)
     fields = {"tokens": batch.tokens, "labels": batch.labels, "positions": batch.positions}
     return {name: x if x is None else x.to(device, non_blocking=True) for name, x in fields.items()}
 
@@ -90,3 +94,10 @@ def on_device(batch, device: torch.device) -> dict:
 def compute_dtype(device: torch.device, precision: str) -> torch.autocast:
     """fp32: as the parameters are; bf16: matrix products under autocast (the memory's state stays float32 by itself)."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: a GPU if there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device=cuda, but torch sees no GPU here; use train.device=cpu or auto")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))

@@ -49,6 +49,10 @@ def test_weights_config_and_card(model, tokenizer, tmp_path):
     assert json.loads((out / "generation_config.json").read_text())["pad_token_id"] == 258
     card = (out / "README.md").read_text()
     assert "demo, step 3" in card and "chunks of 16 tokens" in card and "trust_remote_code=True" in card
+    assert "tested with `torch" in card and "`, `transformers" in card
+    assert (
+        "cache: TitansCache" in (out / "modeling_titans.py").read_text()
+    )  # docs/huggingface.md: old folders have none
     assert set(json.loads((out / export.MARKER).read_text())["files"]) == {path.name for path in out.iterdir()}
     assert (out / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
 

@@ -8,12 +8,23 @@ from transformers import DynamicCache
 from titans_pretrain.config.model import VARIANTS
 from titans_pretrain.hf import modeling_titans
 from titans_pretrain.hf.cache_titans import TitansCache
-from titans_pretrain.hf.configuration_titans import TitansConfig
-from titans_pretrain.hf.modeling_titans import TitansForCausalLM
+from titans_pretrain.hf.configuration_titans import CACHE_NAMES, TitansConfig
+from titans_pretrain.hf.modeling_titans import CACHE_NAME, TitansForCausalLM
 
+# What the library says of its own arguments: this model must give no cause. A user who says past_key_values to generate() does.
+pytestmark = [
+    pytest.mark.filterwarnings("error::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
+]
 VOCAB, PAD = 40, 3
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+DECODING = {
+    "padded": (True, {}),
+    "sampling": (False, {"do_sample": True, "temperature": 2.0, "num_return_sequences": 2}),
+    "beams": (False, {"num_beams": 3}),
+    "padded-beams": (True, {"num_beams": 3}),
+}
 
 
 def build(variant="mag", **changes):
@@ -96,14 +107,55 @@ def test_padding_is_not_read(side):
     assert torch.equal(last, out.logits[:, -1:])
 
 
-@pytest.mark.parametrize("pad", [False, True], ids=["equal", "padded"])
-def test_beam_search_with_the_cache_equals_without(pad):
-    model = build("mac")
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("decoding", DECODING)
+def test_generate_with_the_cache_equals_without(variant, decoding):
+    pad, changes = DECODING[decoding]
+    model = build(variant)
     ids, mask = padded([tokens(9, seed=1), tokens(6 if pad else 9, seed=2)])
-    options = {**GREEDY, "num_beams": 3}
-    with_cache = model.generate(ids, attention_mask=mask, **options)
-    assert torch.equal(with_cache, model.generate(ids, attention_mask=mask, use_cache=False, **options))
-    assert not torch.equal(with_cache, model.generate(ids, attention_mask=mask, **GREEDY))
+    options = {**GREEDY, "max_new_tokens": 8, "min_new_tokens": 8, "attention_mask": mask}
+    outs = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        outs.append(model.generate(ids, use_cache=use_cache, **{**options, **changes}))
+    assert torch.equal(*outs)
+    if changes and variant == "lmm":  # elsewhere the beams may end where greedy search does
+        assert not torch.equal(outs[0][:2], model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_the_cache_by_either_of_its_names(name):
+    model, ids = build(), tokens(2, 9)
+    cache = TitansCache()
+    with torch.no_grad():
+        first = model(ids[:, :5], **{name: cache})
+        assert first[CACHE_NAME] is cache  # what generate() hands to the next call
+        assert_close(model(ids[:, 5:], **{name: cache}).logits, model(ids).logits[:, 5:], **EXACT)
+    assert set(first) - set(model.config.keys_to_ignore_at_inference) == {"logits"}  # what a Trainer gathers
+    cache = TitansCache()
+    said = model.generate(ids, **{name: cache}, **GREEDY)
+    assert torch.equal(said, model.generate(ids, **GREEDY))
+    assert cache.get_seq_length() == said.shape[1] - 1
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(ids, cache=TitansCache(), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "new_name, message", [("context", "takes no context; if transformers"), (None, "after 0 that the cache")]
+)
+def test_a_cache_that_a_later_library_renames_or_loses_is_missed(new_name, message, monkeypatch):
+    model = build()
+    prepare = model.prepare_inputs_for_generation
+
+    def otherwise(*args, **kwargs):
+        inputs = prepare(*args, **kwargs)
+        cache = inputs.pop(CACHE_NAME)
+        return inputs | ({new_name: cache} if new_name else {})
+
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", otherwise)
+    with pytest.raises(ValueError, match=message):
+        ids, mask = padded([tokens(9), tokens(6)])
+        model.generate(ids, attention_mask=mask, **GREEDY)
 
 
 @pytest.mark.parametrize("pad", [False, True], ids=["equal", "padded"])
@@ -117,11 +169,11 @@ def test_prefill_in_chunks_equals_one_prefill(pad):
 def test_a_kept_cache_goes_on_with_the_conversation():
     model, first, second = build("mal"), tokens(1, 9, seed=1), tokens(1, 5, seed=2)
     cache = TitansCache()
-    said = model.generate(first, past_key_values=cache, **GREEDY)
+    said = model.generate(first, **{CACHE_NAME: cache}, **GREEDY)
     assert cache.get_seq_length() == said.shape[1] - 1  # the last token has not been read yet
     asked = torch.cat((said, second), 1)
     options = {**GREEDY, "attention_mask": torch.ones_like(asked)}
-    assert torch.equal(model.generate(asked, past_key_values=cache, **options), model.generate(asked, **options))
+    assert torch.equal(model.generate(asked, **{CACHE_NAME: cache}, **options), model.generate(asked, **options))
 
 
 @torch.no_grad()
@@ -132,7 +184,7 @@ def test_a_long_prompt_is_read_in_pieces(monkeypatch):
     last = model(ids, logits_to_keep=1)
     assert_close(last.logits, whole.logits[:, -1:], **EXACT)
     after = tokens(2, 4, seed=5)
-    onwards = [model(after, past_key_values=out.past_key_values).logits for out in (last, whole)]
+    onwards = [model(after, past_key_values=out[CACHE_NAME]).logits for out in (last, whole)]
     assert_close(*onwards, **EXACT)
 
 
@@ -172,14 +224,14 @@ def test_every_parameter_learns():
     ids, mask = padded([tokens(17, seed=1), tokens(10, seed=2)])
     out = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
     out.loss.backward()
-    assert out.past_key_values is None
+    assert CACHE_NAME not in out
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 @torch.no_grad()
 def test_bfloat16_keeps_the_memory_in_float32():
     out = build().bfloat16()(tokens(2, 9))
-    memory = out.past_key_values.content.states.layers[0].memory.memory
+    memory = out[CACHE_NAME].content.states.layers[0].memory.memory
     assert out.logits.dtype == torch.bfloat16
     assert {x.dtype for x in (*memory.weights, *memory.surprise)} == {torch.float32}
 
@@ -237,14 +289,30 @@ class TestCache:
     [
         ({"inputs_embeds": torch.zeros(1, 4, 16)}, "reads input_ids"),
         ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache"),
+        ({"cache": DynamicCache()}, "cache is a DynamicCache"),
+        ({"cache_params": TitansCache()}, "takes no cache_params"),
+        ({"state": ()}, "takes no state"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4])}, "takes no cu_seq_lens_q"),
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, r"attention_mask is \(1, 1, 4, 4\)"),
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask is \(1, 3\)"),
+        (
+            {"attention_mask": torch.ones(1, 6)},
+            r"attention_mask is \(1, 6\); for 4 tokens after 0 that the cache has read",
+        ),
         ({"output_hidden_states": True}, "output_hidden_states is not supported"),
     ],
 )
 def test_what_is_not_supported_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         build()(tokens(1, 4), **arguments)
+
+
+@torch.no_grad()
+def test_what_the_library_adds_changes_nothing():
+    model, ids = build(), tokens(1, 4)
+    added = {"position_ids": torch.arange(9, 13)[None], "cache_position": torch.arange(4), "output_attentions": False}
+    assert torch.equal(model(ids, **added, mems=None).logits, model(ids).logits)
+    assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
 
 
 def test_assisted_decoding_is_refused():

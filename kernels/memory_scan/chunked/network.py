@@ -5,8 +5,8 @@ Shapes: ... leading batch dimensions, b tokens, D head size, F hidden size, L la
     h_0 = x;  h_l = gelu_tanh(h_{l-1} W_l) for l < L;  z = h_{L-1} W_L;  M(x) = z, or x + LN(z) with residual_norm
     inner objective: |M(k) - v|^2, summed over D (Titans eq. 12)
 
-The gradient with respect to W_l is the outer product a_{l-1} (x) e_l of the layer's input and its delta. With a hidden_group the
-weights are this rank's part of F (hidden_split.py).
+The gradient with respect to W_l is the outer product a_{l-1} (x) e_l of the layer's input and its delta. Where the memory is
+split over ranks, the weights are this rank's part of F (hidden_split.py).
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_pretrain.kernels.memory_scan.hidden_split import HiddenGroup, copy_to_ranks, sum_over_ranks
+from titans_pretrain.kernels.memory_scan.hidden_split import HiddenSplit
+from titans_pretrain.kernels.memory_scan.options import ScanOptions
 
 LN_EPS = 1e-6
 SQRT_2_OVER_PI = 0.7978845608028654
 CUBIC = 0.044715
+
+
+@dataclass(frozen=True)
+class Network:
+    """M, and how the gradient of its inner objective is taken.
+
+    eps: of the damped inner gradient, damping times the rows of the whole last matrix (README.md); 0 without residual_norm
+    """
+
+    residual_norm: bool
+    eps: float
+    split: HiddenSplit
+
+    @staticmethod
+    def of(options: ScanOptions, weights, split: HiddenSplit) -> "Network":
+        """weights: those of a memory, or a rank's part of them."""
+        hidden = weights[-1].shape[-2] * split.ranks
+        return Network(options.residual_norm, options.damping * hidden if options.residual_norm else 0.0, split)
 
 
 def gelu(z: Tensor) -> Tensor:
@@ -54,26 +73,20 @@ def layer_norm(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def layer_norm_vjp(g: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """The norm's Jacobian, which is symmetric, times g."""
     mean, rstd = mean.contiguous(), rstd.contiguous()  # the operator reads them as dense, whatever their strides
-    return torch.ops.aten.native_layer_norm_backward(g, z, z.shape[-1:], mean, rstd, None, None, [True, False, False])[
-        0
-    ]
+    backward = torch.ops.aten.native_layer_norm_backward
+    return backward(g, z, z.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
 
 
-def memory_network(x: Tensor, weights, residual_norm: bool, hidden_group: HiddenGroup = None) -> Tensor:
+def memory_network(x: Tensor, weights, residual_norm: bool, split: HiddenSplit) -> Tensor:
     """M(x) at the given weights. x [..., b, D], weights over L of [..., d_in, d_out] -> [..., b, D]."""
-    h = copy_to_ranks(x, hidden_group)
+    h = split.copy(x)
     for w in weights[:-1]:
         h = gelu(h @ w)
-    return output(sum_over_ranks(h @ weights[-1], hidden_group), x, residual_norm)
+    return output(split.sum(h @ weights[-1]), x, residual_norm)
 
 
 def output(z: Tensor, x: Tensor, residual_norm: bool) -> Tensor:
     return x + layer_norm(z)[0] if residual_norm else z
-
-
-def damping_eps(damping: float, last: Tensor, hidden_group: HiddenGroup = None) -> float:
-    """eps of the damped inner gradient: damping times what the last matrix [..., F, D] has rows, over all ranks."""
-    return damping * last.shape[-2] * (1 if hidden_group is None else hidden_group.size())
 
 
 @dataclass
@@ -89,30 +102,27 @@ class InnerGradient:
     damp: Tensor | float  # s^2 / (s^2 + eps), s the std of z_L: what the whole gradient is scaled by
 
 
-def inner_gradient(
-    k: Tensor, v: Tensor, weights, residual_norm: bool, eps: float = 0.0, hidden_group: HiddenGroup = None,
-    out: Tensor | None = None,
-) -> InnerGradient:  # fmt: skip
-    """The gradient's factors at `weights` for keys and values [..., b, D], scaled by s^2 / (s^2 + eps) with residual_norm (the
-    damped inner gradient). out: z_L where it is known."""
-    inputs, pre = [copy_to_ranks(k, hidden_group)], []
+def inner_gradient(k: Tensor, v: Tensor, weights, network: Network, out: Tensor | None = None) -> InnerGradient:
+    """The gradient's factors at `weights` for keys and values [..., b, D], damped as `network` says. out: z_L where it is known."""
+    split = network.split
+    inputs, pre = [split.copy(k)], []
     for w in weights[:-1]:
         pre.append(inputs[-1] @ w)
         inputs.append(gelu(pre[-1]))
     if out is None:
-        out = sum_over_ranks(inputs[-1] @ weights[-1], hidden_group)
+        out = split.sum(inputs[-1] @ weights[-1])
     norm, damp = None, 1.0
-    if residual_norm:
+    if network.residual_norm:
         n, mean, rstd = layer_norm(out)
         r = (k + n - v).mul(2)
         norm = (n, mean, rstd, r)
         error = layer_norm_vjp(r, out, mean, rstd)
-        if eps:
-            damp = 1 / (1 + eps * rstd.square())
+        if network.eps:
+            damp = 1 / (1 + network.eps * rstd.square())
             error = error * damp
     else:
         error = (out - v).mul(2)
-    deltas, back = [copy_to_ranks(error, hidden_group)], []
+    deltas, back = [split.copy(error)], []
     for w, z in zip(reversed(weights[1:]), reversed(pre), strict=True):
         back.append(deltas[-1] @ w.mT)
         deltas.append(gelu_vjp(back[-1], z))

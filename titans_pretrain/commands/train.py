@@ -13,11 +13,11 @@ from titans_pretrain.config import Config, changed_keys, flatten, load_config, s
 from titans_pretrain.data import ShardError, build_reader
 from titans_pretrain.data.storage import Folder
 from titans_pretrain.data.tokenizer import ENTRY, read_tokenizer_entry
-from titans_pretrain.models import TitansForCausalLM, build_model
-from titans_pretrain.parallel.apply import needs_segments, parallelize
+from titans_pretrain.models import build_model
+from titans_pretrain.parallel.apply import build_engine
 from titans_pretrain.parallel.launch import Watchdog, check_agreement, leave_processes
 from titans_pretrain.parallel.mesh import Mesh, build_mesh, describe
-from titans_pretrain.training.engine import Engine, SingleEngine
+from titans_pretrain.training.engine import pick_device
 from titans_pretrain.training.loggers import build_loggers
 from titans_pretrain.training.plot import plot_loss
 from titans_pretrain.training.progress import Progress
@@ -65,9 +65,10 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: P
     validator = None
     if config.train.eval_every:
         validator = Validator(build_reader(config, split="validation", epochs=1, **place), config.train.eval_batches)
-    model = build_model(config.model)
+    with torch.device("meta"):
+        model = build_model(config.model)
     parameters = sum(p.numel() for p in model.parameters())
-    engine = build_engine(config, model, mesh)
+    engine = build_engine(config, model, mesh, initialise=checkpoint is None)
     trainer = Trainer(config, engine, reader, validator, mesh.device)
     if checkpoint is not None:
         trainer.resume(checkpoint)
@@ -105,14 +106,6 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: P
             print(f"stopped by {by}: {where}; the same command goes on from there", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     return 0
-
-
-def build_engine(config: Config, model: TitansForCausalLM, mesh: Mesh) -> Engine:
-    """The model as it is on one device, or taken apart where the config asks for anything parallel or in segments."""
-    if mesh.world > 1 or config.parallel.zero_stage or needs_segments(config):
-        return parallelize(model, config, mesh)
-    model.set_recompute(config.train.recompute)
-    return SingleEngine(config, model.to(mesh.device), mesh.device)
 
 
 def starting_checkpoint(config: Config, run_dir: Path) -> Path | None:
@@ -153,13 +146,6 @@ def copy_tokenizer(config: Config, run_dir: Path) -> None:
         with contextlib.suppress(ShardError):  # not every kind of tokenizer has every file
             (target / name).write_bytes(source.read(f"tokenizer/{name}"))
     read_tokenizer_entry(target)  # what its kind needs has come
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: a GPU if there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device=cuda, but torch sees no GPU here; use train.device=cpu or auto")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
 
 
 def seed_everything(seed: int) -> None:

@@ -1,0 +1,59 @@
+"""Which backend serves a call: one rule for all kernels."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def serves_all(**arguments) -> None:
+    """`refuses` of a backend that serves every call that the contract allows."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute a kernel.
+
+    run: called with the arguments of the contract, checked, by keyword.
+    refuses: called with the same; from devices, dtypes and shapes alone, which argument it cannot serve and why
+    ("q: float64, and it has float32 and bfloat16 only"), or None. It must not read a tensor's values.
+    """
+
+    name: str
+    run: Callable
+    refuses: Callable[..., str | None] = serves_all
+
+
+def choose(kernel: str, backends: Sequence[Backend], wanted: str, arguments: dict) -> Backend:
+    """The backend named `wanted`, or for "auto" the first of `backends` that can serve these arguments, logged once.
+
+    Raises ValueError for a name that is not known, and for a backend that cannot serve: it says which argument and why.
+    """
+    if wanted not in ("auto", *(b.name for b in backends)):
+        raise ValueError(f"{kernel}: backend={wanted!r} is not one of auto, {', '.join(b.name for b in backends)}")
+    refused = []
+    for backend in backends:
+        if wanted not in ("auto", backend.name):
+            continue
+        reason = backend.refuses(**arguments)
+        if reason is None:
+            if wanted == "auto":
+                _log_choice(kernel, backend.name, "; ".join(refused))
+            return backend
+        refused.append(f"backend={backend.name} cannot serve {reason}")
+    raise ValueError(f"{kernel}: {'; '.join(refused)}")
+
+
+def values_at_hand(x: Tensor) -> bool:
+    """May a check read x's values? On a CPU that costs next to nothing; another device would have to finish its work first."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+@cache
+def _log_choice(kernel: str, name: str, refused: str) -> None:
+    logger.info("%s: backend %s%s", kernel, name, f" ({refused})" if refused else "")

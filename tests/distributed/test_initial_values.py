@@ -1,0 +1,95 @@
+"""What a model starts from depends on the seed alone: the same to the bit under every layout, and made part by part."""
+
+import gc
+
+import pytest
+import torch
+from parity import case, fresh, full_tensors
+
+from titans_pretrain.models.initialize import initialize, named_parts
+from titans_pretrain.parallel import apply
+from titans_pretrain.parallel.apply import build_engine
+from titans_pretrain.parallel.mesh import Mesh, build_mesh, leave_mesh
+
+LAYOUTS = {
+    "tp2": (2, {"parallel__tp": 2}),
+    "tp2-hidden": (2, {"parallel__tp": 2, "parallel__memory_split": "hidden", "model__memory__depth": 2}),
+    "pp2-interleaved": (
+        2,
+        {"parallel__pp": 2, "parallel__pipeline_schedule": "interleaved", "parallel__stages_per_rank": 2},
+    ),
+    "cp2": (2, {"parallel__cp": 2, "train__recompute": "segment"}),
+    "dp2-zero1": (2, {"parallel__zero_stage": 1}),
+    "dp2-zero3": (2, {"parallel__zero_stage": 3}),
+    "tp2-pp2": (4, {"parallel__tp": 2, "parallel__pp": 2}),
+}
+QUICK = {"tp2", "pp2-interleaved", "dp2-zero3"}
+
+
+def values_of(layout: str, **changes) -> dict:
+    return case("mac", model__tie_embeddings=False, train__seed=3, **LAYOUTS[layout][1], **changes)
+
+
+def start(values: dict) -> dict:
+    """On a rank: its logical tensors after the engine was built, and the most bytes that parameters took on the way."""
+    config, model = fresh(values)
+    mesh, most = build_mesh(config, torch.device("cpu")), 0
+    initialise = apply.initialize_part
+
+    def watched(part, name, seed):
+        nonlocal most
+        initialise(part, name, seed)
+        held = {p for module in (model, part) for p in module.parameters() if not p.is_meta}
+        most = max(most, sum(p.nbytes for p in held))
+
+    apply.initialize_part = watched
+    try:
+        engine = build_engine(config, model, mesh)
+        own = sum(getattr(p, "ds_tensor", p).nbytes for p in engine.model.parameters())
+        return {"tensors": full_tensors(engine, mesh, _value), "most": most, "own": own}
+    finally:
+        apply.initialize_part, engine, model = initialise, None, None
+        gc.collect()
+        leave_mesh()
+
+
+def _value(engine, p):
+    if not hasattr(p, "ds_id"):
+        return p
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(p)
+
+
+@pytest.mark.parametrize("layout", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
+def test_every_layout_starts_from_the_same_values(ranks, layout):
+    values = values_of(layout)
+    config, model = fresh(values | {"parallel": {}})
+    largest = max(sum(p.nbytes for p in part.parameters()) for part in named_parts(model).values())
+    expected = dict(build_engine(config, model, Mesh(torch.device("cpu"))).model.named_parameters())
+    seen = set()
+    for found in ranks(LAYOUTS[layout][0]).run(start, values):
+        for name, tensor in found["tensors"].items():
+            assert torch.equal(tensor, expected[name]), name
+        seen |= found["tensors"].keys()
+        assert found["most"] <= found["own"] + largest
+    assert seen == expected.keys()
+
+
+def test_parts_are_initialised_as_the_whole_model_is():
+    config, model = fresh(case("mag", train__seed=3))
+    whole = model.to_empty(device="cpu")
+    initialize(whole, 3)
+    config, model = fresh(case("mag", train__seed=3))
+    ours = build_engine(config, model, Mesh(torch.device("cpu"))).model
+    for (name, a), (_, b) in zip(whole.named_parameters(), ours.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert not torch.equal(ours.layers[0].mlp.up_proj.weight, ours.layers[1].mlp.up_proj.weight)
+
+
+def test_what_a_checkpoint_follows_is_not_initialised(monkeypatch):
+    monkeypatch.setattr(apply, "initialize_part", None)
+    for changes in ({}, {"parallel__segments_per_rank": 2}):
+        config, model = fresh(case("mag", **changes))
+        built = build_engine(config, model, Mesh(torch.device("cpu")), initialise=False).model
+        assert all(p.isnan().all() for p in built.parameters())
