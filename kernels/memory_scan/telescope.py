@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from titans_pretrain.kernels.backends import without_autocast
+
 MAX_SHRINK = 0.999
 
 
@@ -58,7 +60,7 @@ def telescope(
 
 def _telescope_chunks(lr: Tensor, k: Tensor, size: int, coefficient: float) -> Tensor:
     """lr [B, n * size, H, gates], k [B, n * size, H, D] -> lr', chunks of `size` on their own."""
-    with torch.autocast(lr.device.type, enabled=False):  # as the scan does
+    with without_autocast(lr):  # as the scan does
         return _telescoped(lr, k, size, coefficient)
 
 
