@@ -118,9 +118,8 @@ def inner_gradient(k: Tensor, v: Tensor, weights, network: Network, out: Tensor 
         norm = (n, mean, rstd, r)
         error = layer_norm_vjp(r, out, mean, rstd)
         if network.eps:
-            variance = (
-                out.var(-1, correction=0, keepdim=True) + LN_EPS
-            )  # not from rstd, through which autograd sees nothing
+            # Not from rstd, through which autograd sees nothing.
+            variance = out.var(-1, correction=0, keepdim=True) + LN_EPS
             damp = variance / (variance + network.eps)
             error = error * damp
     else:
