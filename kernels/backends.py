@@ -1,7 +1,8 @@
-"""Which backend serves a call: one rule for all kernels."""
+"""What all kernels share: which backend serves a call, and how they stand to autocast and to a device's values."""
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -47,6 +48,20 @@ def choose(kernel: str, backends: Sequence[Backend], wanted: str, arguments: dic
             return backend
         refused.append(f"backend={backend.name} cannot serve {reason}")
     raise ValueError(f"{kernel}: {'; '.join(refused)}")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of autocast where x is, or None while it is off."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Operations as they are written, where x is."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def values_at_hand(x: Tensor) -> bool:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from titans_pretrain.kernels.attention import reference, sdpa
 from titans_pretrain.kernels.attention.checks import check_segment, check_window
-from titans_pretrain.kernels.backends import Backend, choose
+from titans_pretrain.kernels.backends import Backend, autocast_dtype, choose, without_autocast
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -55,7 +55,7 @@ def sliding_window_attention(
         q=q, k=k, v=v, window=total if window is None else min(window, total),
         limit=None if positions is None else positions.clamp(min=0), persistent=_cast(persistent, dtype),
     )  # fmt: skip
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         y = choose("sliding_window_attention", WINDOW, backend, arguments).run(**arguments)
     kept = total if window is None else min(window - 1, total)
     if kept < total:  # cloned: a view would keep the whole sequence alive inside the state
@@ -97,15 +97,13 @@ def segment_attention(
         q=q.to(dtype), k=k.to(dtype), v=v.to(dtype), memory=None if memory_k is None else _cast((memory_k, memory_v), dtype),
         persistent=_cast(persistent, dtype), context=_cast(context, dtype),
     )  # fmt: skip
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return choose("segment_attention", SEGMENT, backend, arguments).run(**arguments)
 
 
 def _compute_dtype(q: Tensor) -> torch.dtype:
     """Under autocast its own, as the stock attention has it, and alike in the backward pass."""
-    if q.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type):
-        return torch.get_autocast_dtype(q.device.type)
-    return q.dtype
+    return autocast_dtype(q) or q.dtype if q.dtype == torch.float32 else q.dtype
 
 
 def _cast(pair: KeyValue | None, dtype: torch.dtype) -> KeyValue | None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from titans_pretrain.kernels.backends import Backend, choose, values_at_hand
+from titans_pretrain.kernels.backends import Backend, autocast_dtype, choose, values_at_hand, without_autocast
 from titans_pretrain.kernels.cross_entropy import chunked, reference
 from titans_pretrain.kernels.cross_entropy.vocabulary_split import VocabularySplit
 
@@ -43,13 +43,13 @@ def linear_cross_entropy(
     ranks = 1 if vocabulary_split is None else vocabulary_split.ranks
     _check(hidden, weight, labels, ignore_index, chunk_tokens, len(weight) * ranks)
     dtype = hidden.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    if dtype != torch.float64:
+        dtype = autocast_dtype(hidden) or dtype
     arguments = dict(
         hidden=hidden, weight=weight, labels=labels, ignore_index=ignore_index, chunk_tokens=chunk_tokens,
         vocabulary_split=vocabulary_split, dtype=dtype,
     )  # fmt: skip
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         loss = choose("linear_cross_entropy", BACKENDS, backend, arguments).run(**arguments)
     return loss, (labels != ignore_index).sum()
 

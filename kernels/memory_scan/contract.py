@@ -1,9 +1,8 @@
 """The public memory scan: one contract, several backends."""
 
-import torch
 from torch import Tensor
 
-from titans_pretrain.kernels.backends import Backend, choose
+from titans_pretrain.kernels.backends import Backend, choose, without_autocast
 from titans_pretrain.kernels.memory_scan import reference
 from titans_pretrain.kernels.memory_scan.checks import check_read, check_scan
 from titans_pretrain.kernels.memory_scan.chunked import scan, step
@@ -76,7 +75,7 @@ def memory_scan(
         q=q, k=k, v=v, forget=forget, momentum=momentum, lr=lr, state=state.expand(len(q)), options=options, reset=reset,
         initial_state=initial_state and initial_state.expand(len(q)), checkpoint_every=checkpoint_every, hidden_split=split,
     )  # fmt: skip
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return choose("memory_scan", SCAN, backend, arguments).run(**arguments)
 
 
@@ -107,7 +106,7 @@ def memory_step(
         q=q, k=k, v=v, forget=forget, momentum=momentum, lr=lr, state=state.expand(len(q)), options=options,
         initial_state=initial_state and initial_state.expand(len(q)), hidden_split=split,
     )  # fmt: skip
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return choose("memory_step", STEP, backend, arguments).run(**arguments)
 
 
@@ -124,7 +123,7 @@ def memory_read(
     split = _checked(hidden_split, state)
     check_read(q, state)
     arguments = dict(q=q, state=state.expand(len(q)), residual_norm=residual_norm, hidden_split=split)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return choose("memory_read", READ, backend, arguments).run(**arguments)
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from titans_pretrain.kernels.backends import without_autocast
+
 MAX_SHRINK = 0.999
 
 
@@ -37,18 +39,19 @@ def telescope(
 ) -> tuple[Tensor, StepHistory | None]:
     """Telescoped theta for T tokens.
 
-    lr and momentum [B, T, H, G] (G gates: 1 or the memory's depth), k [B, T, H, D] l2-normalised; coefficient: g; power: p, 1 or 2;
-    history: the tokens of the chunk that an earlier call left half read. Returns lr' [B, T, H, G] and the history for the next call (None at a chunk's start).
+    lr and momentum [B, T, H, gates] (1 or the memory's depth), k [B, T, H, D] l2-normalised; coefficient: g; power: p, 1 or 2;
+    history: the tokens of the chunk that an earlier call left half read. Returns lr' [B, T, H, gates] and the history for the next
+    call (None at a chunk's start). Raises ValueError.
     """
     if lr.ndim != 4 or k.ndim != 4 or lr.shape[:3] != k.shape[:3] or momentum.shape != lr.shape:
         raise ValueError(
-            "telescope needs lr and momentum [B, T, H, G] and k [B, T, H, D], "
-            f"got {tuple(lr.shape)}, {tuple(momentum.shape)} and {tuple(k.shape)}"
+            f"lr is {tuple(lr.shape)}, momentum {tuple(momentum.shape)} and k {tuple(k.shape)}; they must be [B, T, H, gates] twice "
+            "and [B, T, H, D]"
         )
-    if coefficient < 0 or power not in (1, 2):
-        raise ValueError(
-            f"telescope needs a coefficient of 0 or more and a power of 1 or 2, got {coefficient} and {power}"
-        )
+    if coefficient < 0:
+        raise ValueError(f"the coefficient of telescope must be 0 or more, got {coefficient}")
+    if power not in (1, 2):
+        raise ValueError(f"the power of telescope must be 1 or 2, got {power}")
     lead = 0
     if history is not None:
         lead = history.keys.shape[1]
@@ -67,13 +70,13 @@ def telescope(
 
 
 def _telescope_chunks(lr: Tensor, k: Tensor, size: int, coefficient: float, power: int) -> Tensor:
-    """lr [B, n*size, H, G], k [B, n*size, H, D] -> lr', chunks of `size` on their own."""
-    with torch.autocast(lr.device.type, enabled=False):  # as the scan does
+    """lr [B, n * size, H, gates], k [B, n * size, H, D] -> lr', chunks of `size` on their own."""
+    with without_autocast(lr):  # as the scan does
         return _telescoped(lr, k, size, coefficient, power)
 
 
 def _telescoped(lr: Tensor, k: Tensor, size: int, coefficient: float, power: int) -> Tensor:
-    steps = lr.unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2)  # [B, n, H, G, size]
+    steps = lr.unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2)  # [B, n, H, gates, size]
     keys = k.unflatten(1, (-1, size)).transpose(2, 3).to(lr.dtype)  # [B, n, H, size, D]
     overlap = keys @ keys.mT
     overlap = coefficient * (overlap.abs() if power == 1 else overlap.square()).unsqueeze(3)  # [B, n, H, 1, t, j]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from titans_pretrain.kernels.backends import Backend, choose
+from titans_pretrain.kernels.backends import Backend, choose, without_autocast
 from titans_pretrain.kernels.short_conv import reference, shifts
 
 # In the order in which "auto" tries them.
@@ -49,7 +49,7 @@ def causal_conv(
     extended = torch.cat((tail.to(x.dtype), x), 1)
     limit = None if positions is None else positions.clamp(min=0)
     arguments = dict(extended=extended, weight=weight, limit=limit, initial=initial)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y = choose("causal_conv", BACKENDS, backend, arguments).run(**arguments)
     return y, extended[:, tokens:].clone()  # cloned: a view would keep the whole sequence alive inside the state
 

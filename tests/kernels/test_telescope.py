@@ -52,7 +52,30 @@ def test_equal_keys_write_what_the_delta_rule_would():
     torch.testing.assert_close(chunk.weights[0], exact.weights[0], rtol=1e-10, atol=0)
 
 
+def test_autocast_does_not_reach_it():
+    lr, momentum, k = (x.float() for x in inputs(11))
+    exact, _ = telescope(lr, momentum, k, chunk_size=4, coefficient=0.8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, history = telescope(lr, momentum, k, chunk_size=4, coefficient=0.8)
+    assert found.dtype == history.steps.dtype == torch.float32
+    assert torch.equal(found, exact)
+
+
+def test_split_invariance_of_a_coefficient():
+    lr, momentum, k = inputs(13)
+    options = dict(chunk_size=5, coefficient=0.8, power=2)
+    whole, _ = telescope(lr, momentum, k, **options)
+    first, history = telescope(lr[:, :7], momentum[:, :7], k[:, :7], **options)
+    second, _ = telescope(lr[:, 7:], momentum[:, 7:], k[:, 7:], **options, history=history)
+    torch.testing.assert_close(torch.cat((first, second), 1), whole, rtol=1e-12, atol=0)
+    assert torch.equal(telescope(lr, momentum, k, chunk_size=5, coefficient=0.0)[0], lr * (1 - momentum))
+
+
 def test_bad_input():
     lr, momentum, k = inputs(4)
-    with pytest.raises(ValueError, match="lr"):
+    with pytest.raises(ValueError, match="lr is .* and k .*; they must be"):
         telescope(lr[:, :3], momentum, k, chunk_size=2)
+    with pytest.raises(ValueError, match="the coefficient of telescope must be 0 or more, got -1"):
+        telescope(lr, momentum, k, chunk_size=2, coefficient=-1)
+    with pytest.raises(ValueError, match="power"):
+        telescope(lr, momentum, k, chunk_size=2, power=3)

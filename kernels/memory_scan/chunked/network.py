@@ -118,7 +118,9 @@ def inner_gradient(k: Tensor, v: Tensor, weights, network: Network, out: Tensor 
         norm = (n, mean, rstd, r)
         error = layer_norm_vjp(r, out, mean, rstd)
         if network.eps:
-            damp = 1 / (1 + network.eps * rstd.square())
+            # Not from rstd, through which autograd sees nothing.
+            variance = out.var(-1, correction=0, keepdim=True) + LN_EPS
+            damp = variance / (variance + network.eps)
             error = error * damp
     else:
         error = (out - v).mul(2)

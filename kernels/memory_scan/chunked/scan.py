@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from titans_pretrain.kernels.backends import without_autocast
 from titans_pretrain.kernels.memory_scan.chunked import backward, forward, network, tables
 from titans_pretrain.kernels.memory_scan.chunked.network import Network
 from titans_pretrain.kernels.memory_scan.chunked.spans import Span, spans_of
@@ -96,7 +97,7 @@ class _Scan(torch.autograd.Function):
         reset, *tensors = ctx.saved_tensors  # once: activation checkpointing unpacks only once
         count = 6 + len(plan.fields.flat())
         tokens, states, saved = tensors[:6], tensors[6:count], tensors[count:]
-        with torch.autocast(d_y.device.type, enabled=False):
+        with without_autocast(d_y):
             walk = plan.walk(tokens, states, reset)
             entering, sums = _unpack(plan, walk, saved)
             d_weights, d_surprise, *d_anchor = _by_layers([d.to(walk.dtype).flatten(0, 1) for d in d_out], walk.depth)

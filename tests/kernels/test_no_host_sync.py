@@ -1,0 +1,152 @@
+"""No kernel makes the host wait for a device: forward and backward on the meta device, whose values no one can read."""
+
+import pytest
+import torch
+from scan_cases import arguments, make, run, states
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from titans_pretrain.kernels.attention import segment_attention, sliding_window_attention
+from titans_pretrain.kernels.cross_entropy import linear_cross_entropy
+from titans_pretrain.kernels.memory_scan import memory_read, memory_scan, memory_step, telescope
+from titans_pretrain.kernels.short_conv import causal_conv
+
+READS = {  # sizes or values that the host would need
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2", "argwhere", "bincount",
+    "repeat_interleave", "is_pinned", "allclose", "count_nonzero_host",
+}  # fmt: skip
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what reads a value, indexing by masks, and copies between the host and the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in READS and not (name == "repeat_interleave" and "self_int" in func._overloadname):
+            raise AssertionError(f"{name} waits for the device")
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            raise AssertionError(f"{name}: a list is copied to the device, a mask counted there")
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in (*inputs, *tree_leaves(out)) if isinstance(x, torch.Tensor) and x.dim()}
+        if len(devices) > 1:
+            raise AssertionError(f"{name} copies between {' and '.join(sorted(devices))}")
+        return out
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=True)
+
+
+def positions():
+    return torch.empty(2, 150, dtype=torch.int64, device="meta")
+
+
+# Each makes its inputs, and returns the call.
+
+
+def scan(**options):
+    x = make(150, 2, dtype=torch.float32, device="meta")
+    state, initial = states(x, 2)
+    size = options["chunk_size"]
+    reset, later = (
+        torch.empty(2, -(-(150 + offset) // size), dtype=torch.bool, device="meta") for offset in (0, 150 % size)
+    )
+
+    def call():
+        y, half = memory_scan(*arguments(x), state, initial_state=initial, reset=reset, **options)
+        z, _ = memory_scan(*arguments(x), half, initial_state=initial, reset=later, **options)
+        return y.sum() + z.sum()
+
+    return call
+
+
+def step():
+    x = make(1, 2, dtype=torch.float32, device="meta")
+
+    def call():
+        y, state = memory_step(*arguments(x), states(x, 2)[0], chunk_size=4, residual_norm=True, damping=0.7)
+        return y.sum() + memory_read(x["q"], state, residual_norm=True).sum()
+
+    return call
+
+
+def telescoped():
+    lr, k = randn(2, 150, 2, 1), randn(2, 150, 2, 6)
+    return lambda: telescope(lr, k, chunk_size=16, coefficient=0.8)[0].sum()
+
+
+def window(window, docs, persistent):
+    q, k, v = (randn(2, 150, 2, 16, dtype=torch.bfloat16) for _ in range(3))
+    tail = tuple(randn(2, min(9, (window or 10) - 1), 2, 16, dtype=torch.bfloat16) for _ in range(2))
+    pair = tuple(randn(persistent, 2, 16, dtype=torch.bfloat16) for _ in range(2)) if persistent else None
+    where = positions() if docs else None
+    return lambda: sliding_window_attention(q, k, v, window=window, tail=tail, persistent=pair, positions=where)[
+        0
+    ].sum()
+
+
+def segment():
+    tensors = [randn(2, 40, 2, 16) for _ in range(5)]
+    pair, context = (tuple(randn(*shape, 2, 16) for _ in range(2)) for shape in ((3,), (2, 5)))
+    return lambda: segment_attention(*tensors, persistent=pair, context=context).sum()
+
+
+def conv():
+    x, weight, initial, where = randn(2, 150, 8), randn(8, 4), randn(1, 3, 8), positions()
+    return lambda: sum(t.sum() for t in causal_conv(x, weight, positions=where, initial=initial))
+
+
+def loss():
+    hidden, weight = randn(100, 8), randn(30, 8)
+    labels = torch.empty(100, dtype=torch.int64, device="meta")
+    return lambda: linear_cross_entropy(hidden, weight, labels, chunk_tokens=32)[0]
+
+
+CALLS = {
+    "scan": lambda: scan(chunk_size=16, residual_norm=True, damping=0.7, forget_to="initial"),
+    "scan, linear": lambda: scan(chunk_size=67),
+    "step and read": step,
+    "telescope": telescoped,
+    "window": lambda: window(32, True, 3),
+    "window, one block": lambda: window(1000, False, 0),
+    "full": lambda: window(None, True, 0),
+    "segment": segment,
+    "conv": conv,
+    "cross-entropy": loss,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_never_waits(name):
+    call = CALLS[name]()
+    with NoSync():
+        call().backward()
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x[:, [0, 1, 3]],
+        lambda x: x * torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        lambda x: torch.tensor([1.0, 2.0]).to("meta"),
+        lambda x: bool((x > 0).any()),
+        lambda x: x.nonzero(),
+    ],
+)
+def test_a_wait_is_found(wait):
+    x = torch.ones(4, 4, device="meta")
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), NoSync():
+        wait(x)
+
+
+def test_the_call_on_a_cpu_is_checked():
+    """The one check that reads a reset is for tensors whose values are at hand."""
+    x = make(9, 2)
+    _, half = run(x, 2, chunk_size=4)
+    with pytest.raises(ValueError, match="half-read"):
+        memory_scan(
+            *arguments(x), half, chunk_size=4, initial_state=states(x, 2)[1], reset=torch.ones(2, 3, dtype=torch.bool)
+        )
