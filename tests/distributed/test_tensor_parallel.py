@@ -48,7 +48,7 @@ def case(
 
 def fresh(case: Case):
     """The model with every parameter away from zero and one, so that none of their gradients can hide."""
-    torch.manual_seed(3)  # the bars on bfloat16 hold for typical values: of 6 seeds, alone, 3 stay below them
+    torch.manual_seed(0)
     model = build_model(case.model)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -275,11 +275,13 @@ def test_bfloat16_is_as_close_to_float64_as_one_process(tensor_ranks, autocast, 
         return {n: float((a - b).square().mean().sqrt() / b.square().mean().sqrt()) for n, (a, b) in pairs.items()}
 
     allowed = error(single)
-    typical = statistics.median(allowed.values())  # rounding happens to leave almost no error in some small tensor
+    # Rounding happens to leave almost no error in some small tensor, and a large one in a sum that cancels (a gate's bias).
+    typical = statistics.median(allowed.values())
+    assert typical < 0.05
     for found in tensor_ranks(2, spread, low):
         assert found["unequal"] == []
         got = error(found)
-        assert max(got.values()) < 1.5 * max(allowed.values()) < 0.1
+        assert max(got.values()) < 1.5 * max(allowed.values())
         wrong = {n: (got[n], allowed[n]) for n in got if got[n] > 3 * max(allowed[n], typical)}
         assert not wrong, wrong
 
