@@ -94,12 +94,13 @@ def _check_queries(q: Tensor) -> tuple[int, ...]:
 
 
 def _check_range(name: str, gate: Tensor, high: float) -> None:
-    """0 <= gate <= high and finite, where that can be told without waiting for a device."""
+    """0 <= gate <= high and not infinite, where that can be told without waiting for a device. NaN passes: a model that has diverged
+    is for whoever looks at its loss to report."""
     if not gate.is_floating_point():
         raise ValueError(f"{name} must be a floating-point tensor, got {gate.dtype}")
     if not values_at_hand(gate):
         return
     least, most = (x.item() for x in torch.aminmax(gate.detach()))
-    if not (least >= 0 and most <= high and most < math.inf):
+    if least < 0 or most > high or most == math.inf:
         legal = "0 or more and finite" if high == math.inf else f"in [0, {high:g}]"
         raise ValueError(f"{name} must be {legal}, got values from {least:g} to {most:g}")

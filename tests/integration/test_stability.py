@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.inner_step import LIMIT, MEMORIES, TOKENS, UNDAMPED, gradient_norms
 from benchmarks.recall import VOCAB, recall_config, stress, train
 from titans_pretrain.config.model import MemoryConfig, ModelConfig
 from titans_pretrain.models import build_model
@@ -49,6 +50,43 @@ def test_gates_at_their_maximum(options):
     assert_finite(model, torch.float32, 4096)
 
 
+def worst_ratio(variant, dtype="float32", only=None, **memory):
+    """Norm of the gradient of 4,096 tokens over a transformer's on the same row: the largest over rows."""
+
+    def norms(variant):
+        torch.manual_seed(0)
+        options = {f"memory.{key}": value for key, value in memory.items()}
+        return gradient_norms(build_model(recall_config(variant=variant, **options)), TOKENS, dtype, only)
+
+    found, base = norms(variant), norms("transformer")
+    return max(found[row] / base[row] for row in base)
+
+
+REPETITIVE = ["equal", "period 2"]
+
+
+@pytest.mark.parametrize("variant", MEMORIES)
+def test_gradient_of_repetitive_rows(variant):
+    assert worst_ratio(variant, only=REPETITIVE) < LIMIT
+
+
+@pytest.mark.parametrize("memory", [dict(depth=1), dict(depth=3), dict(chunk_size=64)], ids=str)
+def test_gradient_of_other_memories(memory):
+    assert worst_ratio("lmm", only=REPETITIVE, **memory) < LIMIT
+
+
+def test_gradient_of_the_undamped_step_does_explode():
+    """The rows are hard ones."""
+    assert worst_ratio("lmm", only=REPETITIVE, **UNDAMPED) > 1e3
+
+
+@pytest.mark.slow
+@precisions
+@pytest.mark.parametrize("variant", MEMORIES)
+def test_gradient_of_every_row(variant, dtype):
+    assert worst_ratio(variant, str(dtype).removeprefix("torch.")) < LIMIT
+
+
 def test_plain_linear_memory_does_break():
     """The stress is one: without the telescoped step the linear memory does not survive it."""
     torch.manual_seed(0)
@@ -66,3 +104,17 @@ def test_after_training(options):
     assert best > 0.9
     for dtype in (torch.float32, torch.bfloat16):
         assert_finite(model, dtype, 65536)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["lmm", "mag"])
+def test_gradient_after_training(variant):
+    """On every row, both precisions, against a transformer that was trained as long."""
+    models = {}
+    for name in (variant, "transformer"):
+        torch.manual_seed(0)
+        models[name] = build_model(recall_config(variant=name))
+        list(train(models[name], 300))
+    for dtype in ("float32", "bfloat16"):
+        found, base = (gradient_norms(models[name], TOKENS, dtype) for name in (variant, "transformer"))
+        assert max(found[row] / base[row] for row in base) < LIMIT

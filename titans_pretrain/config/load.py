@@ -53,7 +53,7 @@ def from_dict(values: dict) -> Config:
     """Checked config of nested dicts. Types are strict: 4 is a float where one is wanted, "4" is no int."""
     from pydantic import TypeAdapter, ValidationError
 
-    _check_version(values)
+    values = _upgrade(values)
     _check_keys(values, Config, ())
     try:
         # As JSON, because in strict mode only JSON input may give a dict for a dataclass.
@@ -121,12 +121,25 @@ def _parse_overrides(overrides: typing.Sequence[str]):
     return OmegaConf.merge(*parsed) if parsed else OmegaConf.create()
 
 
-def _check_version(values: dict) -> None:
+def _upgrade(values: dict) -> dict:
+    """Values of an older version as the newest one says them: the same model, whatever the defaults are now."""
     version = values.get("version", CONFIG_VERSION)
     if isinstance(version, int) and version > CONFIG_VERSION:
         raise ValueError(
             f"version {version} is newer than version {CONFIG_VERSION}, the newest this titans-pretrain reads; update titans-pretrain"
         )
+    if version != 1:
+        return values
+    model = values.get("model") or {}
+    memory = {"step": "plain", "max_lr": 0.1} | (model.get("memory") or {}) | {"damping": 0.0}
+    if memory["step"] == "telescoped":
+        if memory.get("residual_norm", True):
+            raise ValueError(
+                "model.memory.step=telescoped with residual_norm was another step in version 1, which this titans-pretrain does not "
+                "have; train with the one that wrote it, or anew without `version: 1`"
+            )
+        memory["step_coefficient"] = 2.0
+    return values | {"version": CONFIG_VERSION, "model": model | {"memory": memory}}
 
 
 def _check_keys(values: dict, cls: type, at: tuple[str, ...]) -> None:

@@ -50,10 +50,10 @@ class MemoryConfig:
     chunk_size: int = 16  # C, tokens whose gradients share one anchor
     residual_norm: bool = True  # M(x) = x + LN(z) instead of M(x) = z
     forget_to: Literal["zero", "initial"] = "initial"  # what forgetting decays the weights towards
-    damping: float = 0.0  # c of the damped inner gradient, with residual_norm; 0: the plain gradient
-    step: Literal["plain", "telescoped"] = "plain"
+    damping: float = 1.0  # c of the damped inner gradient, with residual_norm; 0: the plain gradient
+    step: Literal["plain", "telescoped"] = "telescoped"
     step_coefficient: float | None = None  # g of the telescoped step; null: 1.2 with residual_norm, else 2
-    max_lr: float = 0.1  # theta = max_lr * sigmoid(.)
+    max_lr: float | None = None  # theta = max_lr * sigmoid(.); null: 1.6 with residual_norm, else 0.5
     max_momentum: float = 0.9  # eta = max_momentum * sigmoid(.)
     per_layer_gates: bool = False  # one gate per memory layer instead of one for all
     conv_size: int = 4  # taps of the short convolution on q, k, v
@@ -64,12 +64,12 @@ class MemoryConfig:
         check_fields(self, "model.memory")
         for name in ("heads", "depth", "chunk_size", "conv_size", "expansion"):
             positive("model.memory." + name, getattr(self, name))
-        for name in ("damping", "max_lr"):
-            at_least("model.memory." + name, getattr(self, name), 0)
+        at_least("model.memory.damping", self.damping, 0)
         if not 0 <= self.max_momentum <= 1:
             raise ValueError(f"model.memory.max_momentum must lie in [0, 1], got {self.max_momentum}")
-        if self.step_coefficient is not None:
-            at_least("model.memory.step_coefficient", self.step_coefficient, 0)
+        for name in ("step_coefficient", "max_lr"):
+            if getattr(self, name) is not None:
+                at_least("model.memory." + name, getattr(self, name), 0)
         if self.checkpoint_every is not None:
             positive("model.memory.checkpoint_every", self.checkpoint_every)
 
@@ -79,6 +79,13 @@ class MemoryConfig:
         if self.step_coefficient is not None:
             return self.step_coefficient
         return 1.2 if self.residual_norm else 2.0
+
+    @property
+    def largest_lr(self) -> float:
+        """max_lr, resolved."""
+        if self.max_lr is not None:
+            return self.max_lr
+        return 1.6 if self.residual_norm else 0.5
 
     def widths(self, dim: int) -> list[int]:
         """Sizes between the layers of one memory of a model of width `dim`: [D, F, ..., F, D]."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from titans_pretrain.config.check import at_least, check_fields
 from titans_pretrain.config.model import ModelConfig
 
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
 
 
 @dataclass

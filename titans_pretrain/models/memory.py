@@ -170,7 +170,7 @@ class MemoryLayer(nn.Module):
         """alpha, eta, theta [B, T, H, G] in float32 or better; zero where positions say padding."""
         c = self.config
         gates = []
-        for proj, high in ((self.forget_proj, 1.0), (self.momentum_proj, c.max_momentum), (self.lr_proj, c.max_lr)):
+        for proj, high in ((self.forget_proj, 1.0), (self.momentum_proj, c.max_momentum), (self.lr_proj, c.largest_lr)):
             g = torch.sigmoid(proj(x)).unflatten(-1, (self.heads, -1)) * high
             if positions is not None:
                 g = g.masked_fill((positions < 0)[..., None, None], 0.0)

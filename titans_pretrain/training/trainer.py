@@ -122,7 +122,7 @@ class Trainer:
         return (
             f"step {self.step + 1}: the loss is {loss}, the gradient norm {grad_norm}; stopped before the update, {kept}. "
             f"Try a lower train.lr (now {train.lr:g}), more train.warmup_steps (now {train.warmup_steps}), "
-            f"a lower model.memory.max_lr (now {self.config.model.memory.max_lr:g}) or train.precision=fp32"
+            f"a lower model.memory.max_lr (now {self.config.model.memory.largest_lr:g}) or train.precision=fp32"
         )
 
 

@@ -105,7 +105,7 @@ def test_changed_keys_names_both_values(small):
         ("parallel.zero_stage=4", "parallel.zero_stage = 4: must be 0 or 1 or 2 or 3"),
         (
             "version=99",
-            "version 99 is newer than version 1, the newest this titans-pretrain reads; update titans-pretrain",
+            "version 99 is newer than version 2, the newest this titans-pretrain reads; update titans-pretrain",
         ),
         ("run.dir=${nothing}", "Interpolation key 'nothing' not found"),
         ("train.steps", "override 'train.steps' is not of the form key=value"),
@@ -129,9 +129,36 @@ def test_seq_len_is_a_multiple_of_the_segment_for_mac(small):
     )
 
 
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", dict(damping=0.0, step="plain", max_lr=0.1)),
+        ("model: {memory: {max_lr: 0.3, step: plain}}", dict(damping=0.0, step="plain", max_lr=0.3)),
+        (
+            "model: {memory: {residual_norm: false, step: telescoped, max_lr: 0.4}}",
+            dict(damping=0.0, step="telescoped", step_coefficient=2.0, max_lr=0.4, residual_norm=False),
+        ),
+    ],
+)
+def test_version_1_keeps_its_inner_step(write, text, expected):
+    """A file that a run of version 1 left means the function that was trained, not today's defaults."""
+    config = load_config(write("old.yaml", f"version: 1\n{text}\n"))
+    assert {key: getattr(config.model.memory, key) for key in expected} == expected
+    assert config.version == 2
+    memory = load_config(write("new.yaml", "train: {seed: 1}\n")).model.memory
+    assert (memory.damping, memory.step, memory.largest_lr) == (1.0, "telescoped", 1.6)
+
+
+def test_version_1_with_a_step_that_is_gone(write):
+    with pytest.raises(
+        ValueError, match="model.memory.step=telescoped with residual_norm was another step in version 1"
+    ):
+        load_config(write("old.yaml", "version: 1\nmodel: {memory: {step: telescoped}}\n"))
+
+
 def test_newer_versions_are_refused_before_their_new_keys(write):
-    with pytest.raises(ValueError, match="version 2 is newer than version 1"):
-        load_config(write("new.yaml", "version: 2\ntrain: {something_new: 1}\n"))
+    with pytest.raises(ValueError, match="version 3 is newer than version 2"):
+        load_config(write("new.yaml", "version: 3\ntrain: {something_new: 1}\n"))
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ class Memory:
         """first: the persistent tokens, which every document's memory has read before its first token."""
         self.p, self.c, self.m = p, c, c.memory
         self.size = c.dim // self.m.heads
-        self.coefficient = self.m.step_coefficient
+        self.coefficient = self.m.telescope_coefficient
         if self.coefficient is None:
             self.coefficient = 1.2 if self.m.residual_norm else 2.0
         matrices = [p[f"weights.{layer}"] for layer in range(self.m.depth)]
@@ -274,7 +274,7 @@ class Memory:
         """theta of each memory layer as the update takes it."""
         steps = []
         for layer in range(self.m.depth):
-            step = plain = self.m.max_lr * theta[layer] * presence(k)
+            step = plain = self.m.largest_lr * theta[layer] * presence(k)
             if self.m.step == "telescoped":
                 for key, earlier in self.chunk[h]:
                     overlap = (key * unit(k)).sum() ** 2 if self.m.residual_norm else (key * unit(k)).sum().abs()
