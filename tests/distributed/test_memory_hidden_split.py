@@ -131,7 +131,16 @@ def layer_case(chunk, **memory):
 
 def tiny_mac(**mac):
     memory = MemoryConfig(heads=HEADS, chunk_size=4, expansion=2.0)
-    config = ModelConfig("mac", 12, 2, 2, 17, persistent_tokens=3, memory=memory, mac=MacConfig(segment=4, **mac))
+    config = ModelConfig(
+        "mac",
+        dim=12,
+        layers=2,
+        heads=2,
+        vocab_size=17,
+        persistent_tokens=3,
+        memory=memory,
+        mac=MacConfig(segment=4, **mac),
+    )
     torch.manual_seed(0)
     return build_model(config).double(), torch.randint(0, 17, (BATCH, 11))
 

@@ -44,6 +44,8 @@ def measure(values: dict) -> dict:
 
 
 CASES = {
+    "hybrid-cp2-k3": (2, "mag-lmm-transformer", {"parallel__cp": 2, "parallel__segments_per_rank": 3}),
+    "hybrid-tp2": (2, "mac-mal", {"parallel__tp": 2}),
     "cp2-k3": (2, "mag", {"parallel__cp": 2, "parallel__segments_per_rank": 3}),
     "cp2-full-attention": (2, "transformer", {"parallel__cp": 2, "model__window": None, "train__micro_batch": 2}),
     "zero2-bf16": (2, "mal", {"parallel__zero_stage": 2, "train__precision": "bf16"}),
@@ -57,7 +59,7 @@ CASES = {
     "tp2-cp2-mac": (4, "mac", {"parallel__tp": 2, "parallel__cp": 2}),
     "pp2-cp2": (4, "mag", {"parallel__pp": 2, "parallel__cp": 2, "parallel__segments_per_rank": 2}),
 }  # fmt: skip
-QUICK = {"cp2-k3", "zero2-bf16"}
+QUICK = {"hybrid-cp2-k3", "zero2-bf16"}
 
 
 @pytest.mark.parametrize(

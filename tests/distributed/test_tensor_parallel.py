@@ -286,6 +286,30 @@ def test_bfloat16_is_as_close_to_float64_as_one_process(tensor_ranks, autocast, 
         assert not wrong, wrong
 
 
+GATES = ("forget_proj", "momentum_proj", "lr_proj")
+
+
+def gates_under_autocast() -> dict[str, torch.Tensor]:
+    memory, x = shard(case("lmm", dtype=torch.float32)).layers[0].memory, hidden_states()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return {name: torch.cat(gathered(getattr(memory, name)(x)), -1) for name in GATES}
+
+
+def hidden_states() -> torch.Tensor:
+    return torch.randn(2, 64, DIM, generator=torch.Generator().manual_seed(0))
+
+
+def test_biases_of_sharded_gates_are_added_in_float32(tensor_ranks):
+    """As one process does. In bfloat16 hardly any sum with a bias would come out the same."""
+    memory, x = fresh(case("lmm", dtype=torch.float32)).layers[0].memory, hidden_states()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = {name: getattr(memory, name)(x) for name in GATES}
+    for found in tensor_ranks(2, gates_under_autocast):
+        for name in GATES:
+            assert found[name].dtype == expected[name].dtype == torch.float32
+            assert (found[name] == expected[name]).double().mean() > 0.9  # the products may be summed in another order
+
+
 class Collectives(TorchDispatchMode):
     """Counts what is sent: (operation, shape of its first tensor, the output) -> times."""
 

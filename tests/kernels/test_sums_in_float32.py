@@ -90,6 +90,19 @@ def test_cross_entropy(device, backend):
     assert grads[1] < 0.003, grads  # of weight: a sum over 47 chunks
 
 
+@pytest.mark.parametrize("device, backend", targets(cross_entropy.BACKENDS))
+def test_the_scale_of_the_loss_is_not_rounded(device, backend):
+    """1 / tokens multiplies all gradients alike: rounded to bfloat16, it would be a wrong step size."""
+    leaves = [x.requires_grad_() for x in randn((600, 32), (50, 32), device=device)]
+    labels = torch.randint(0, 50, (600,), generator=torch.Generator().manual_seed(1)).to(device)
+    scale = 359 / 512  # halfway between two numbers of bfloat16, 0.3 % from both
+    loss, _ = linear_cross_entropy(*leaves, labels, chunk_tokens=64, backend=backend)
+    plain, scaled = (torch.autograd.grad(loss * x, leaves, retain_graph=True) for x in (1.0, scale))
+    for a, b in zip(plain, scaled, strict=True):
+        a, b = a.double(), b.double()
+        assert abs(float((a * b).sum() / a.square().sum()) - scale) < 1e-3
+
+
 def test_attention_summed_in_bfloat16_is_found():
     q, k, v = randn(*[(1, 1500, 2, 32)] * 3)
     scores = torch.einsum("bthd,bshd->bhts", q.float()[:, -1:], k.float()) * 32**-0.5

@@ -92,6 +92,18 @@ def test_a_large_vocabulary_takes_layers_from_the_last_stage():
     assert len(many) < len(few)
 
 
+def test_a_dear_layer_of_a_pattern_counts_for_more():
+    cheap = {"variant": "transformer", "window": 16, "ffn_dim": 64}
+    dear = {"variant": "lmm", "ffn_dim": 8192}
+    for place, expected in ((0, [1, 5]), (5, [5, 1]), (2, [3, 3])):
+        pattern = [dear if i == place else cheap for i in range(6)]
+        stages = stage_layers(ModelConfig(pattern=pattern, layers=6, vocab_size=256), 2, 1024)
+        assert [len(stage) for stage in stages] == expected
+    wide = {"variant": "transformer", "window": None}  # as dear as its sequence is long
+    model = ModelConfig(pattern=[wide, *[cheap] * 5], layers=6, vocab_size=256)
+    assert len(stage_layers(model, 2, 2**20)[0]) < len(stage_layers(model, 2, 64)[0])
+
+
 @pytest.mark.parametrize(
     ("block", "told"),
     [

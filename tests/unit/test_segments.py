@@ -67,6 +67,15 @@ def test_segments_give_the_gradients_of_the_whole(variant, recompute):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("variant", [*VARIANTS, *HYBRIDS])
+def test_segments_under_autocast(variant):
+    """The states that cross have the template's types, which is asserted on the way."""
+    model = make(variant, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, segments = run(model, 1, "none"), run(model, 4, "segment")
+    assert segments[0] == pytest.approx(whole[0], rel=1e-2)
+
+
 def test_telescoped_steps_cross_segments_too():
     model = make("lmm", depth=1, residual_norm=False, step="telescoped")
     whole, segments = run(model, 1, "none"), run(model, 8, "segment")

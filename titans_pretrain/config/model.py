@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from titans_pretrain.config.check import at_least, check_fields, did_you_mean, positive
 
@@ -255,7 +255,8 @@ class ModelConfig:
 
     def _entry(self, i: int) -> "ModelConfig":
         """The model all of whose layers are as the pattern's i-th entry. Raises ValueError, which names the key in the entry."""
-        at, own = f"model.pattern[{i}]", self.pattern[i]
+        at = f"model.pattern[{i}]"
+        own: Any = self.pattern[i]
         if isinstance(own, str):
             own = {"variant": own}
         if not isinstance(own, dict):
@@ -276,8 +277,9 @@ class ModelConfig:
             groups = {name: replace(getattr(self, name), **own[name]) for name in ("memory", "mac") if name in own}
             return replace(self, **own | groups, pattern=None)
         except ValueError as e:
-            keys = "|".join(map(re.escape, given))
-            raise ValueError(re.sub(rf"\bmodel\.({keys})\b", rf"{at}.\1", str(e)) if keys else str(e)) from e
+            keys = "|".join(map(re.escape, given)) or "(?!)"  # none
+            told, found = re.subn(rf"\bmodel\.({keys})\b", rf"{at}.\1", str(e))
+            raise ValueError(told if found else f"{told} (in {at})") from e
 
     def _layer(self) -> LayerConfig:
         """Any layer, of a model without a pattern."""

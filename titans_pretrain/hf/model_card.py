@@ -53,11 +53,9 @@ def model_card(config: ModelConfig, dtype: str, parameters: int, trained: str) -
         "vocabulary": config.vocab_size,
         "weights": dtype,
     }
-    if config.pattern is not None:
-        rows["layers"] = (
-            ", ".join(layer.variant for layer in config.layer_configs[: len(config.pattern)]) + ", and so on"
-        )
     layers = config.layer_configs
+    if config.pattern is not None:
+        rows["layers"] = ", ".join(layer.variant for layer in layers)
     memories = _distinct(layer.memory for layer in layers if layer.has_memory)
     windows = _distinct(layer.window for layer in layers if layer.has_attention and not layer.has_segments)
     segments = _distinct(layer.mac.segment for layer in layers if layer.has_segments)

@@ -1,7 +1,7 @@
 """Initial values that depend on a seed and a part's name alone: whoever holds a part of the model, and whichever, gets the same.
 
-A model is made without values (`torch.device("meta")`), cut into what each process holds, given memory (`to_empty`), and then
-initialised part by part. Values are drawn in the dtype and on the kind of device that the parameters have: on CPUs and GPUs
+A model is made without values (`torch.device("meta")`) and given memory (`to_empty`) and values part by part, whole or by whoever
+holds some of the parts. Values are drawn in the dtype and on the kind of device that the parameters have: on CPUs and GPUs
 from different generators.
 """
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from titans_pretrain.config.model import ModelConfig
+from titans_pretrain.kernels.backends import values_at_hand
 from titans_pretrain.models.state import ModelState
 
 
@@ -19,12 +20,13 @@ def check_inputs(
             raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}; it must be int64 {tuple(tokens.shape)} as tokens")
     if state is not None and state.position.shape[0] != tokens.shape[0]:
         raise ValueError(f"the state is of a batch of {state.position.shape[0]}, tokens of {tokens.shape[0]}")
-    if tokens.device.type == "cpu":
-        check_values(c, tokens, positions, state)
+    check_values(c, tokens, positions, state)
 
 
 def check_values(c: ModelConfig, tokens: Tensor, positions: Tensor | None, state: ModelState | None = None) -> None:
-    """tokens, positions [B, T] on the CPU, as TitansForCausalLM.forward has them."""
+    """Raises ValueError for tokens and positions [B, T] whose values do not fit, if they are at hand."""
+    if not values_at_hand(tokens):
+        return
     if tokens.min() < 0 or tokens.max() >= c.vocab_size:
         raise ValueError(
             f"token ids must lie in [0, {c.vocab_size}), got {int(tokens.min())} to {int(tokens.max())}: "

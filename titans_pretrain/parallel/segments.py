@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from titans_pretrain.kernels.memory_scan import MemoryState
-from titans_pretrain.models.mac import MacBlock
 from titans_pretrain.models.state import LayerState, MemoryLayerState, map_tensors, tensors
 from titans_pretrain.parallel.ring import LocalLink, RingLink
 from titans_pretrain.parallel.stage import Stage, part_of
@@ -273,7 +272,7 @@ def state_template(block: nn.Module, batch: int, tokens: int, dtype: torch.dtype
         width, taps = layer.q_conv.shape
         memory = MemoryLayerState(MemoryState(weights, weights), (empty(batch, taps - 1, width, dtype=dtype),) * 3)
     attention = getattr(block, "attention", None)
-    if attention is not None and not isinstance(block, MacBlock):  # a MAC segment does not see the one before it
+    if attention is not None and not block.config.has_segments:  # those of mac do not see the one before
         kept = tokens if attention.window is None else min(attention.window - 1, tokens)
         size = attention.k_proj.weight.shape[0] // attention.kv_heads
         kv = (empty(batch, kept, attention.kv_heads, size, dtype=dtype),) * 2

@@ -92,7 +92,9 @@ def test_a_bad_entry_is_one_clear_line_that_names_its_key(file, text, message):
 
 
 def test_what_an_entry_inherits_is_named_where_it_stands(file):
-    with pytest.raises(ValueError, match=r": model.dim=64 is not divisible by model.memory.heads=5$"):
+    with pytest.raises(
+        ValueError, match=r": model.dim=64 is not divisible by model.memory.heads=5 \(in model.pattern\[0\]\)$"
+    ):
         load_config(file, ["model.pattern=[mag]", "model.memory.heads=5"])
     assert load_config(file, ["model.pattern=[{memory: {heads: 4}}]", "model.memory.heads=5"]).model.layers == 6
 
