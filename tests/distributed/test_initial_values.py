@@ -33,14 +33,13 @@ def values_of(layout: str, **changes) -> dict:
 def start(values: dict) -> dict:
     """On a rank: its logical tensors after the engine was built, and the most bytes that parameters took on the way."""
     config, model = fresh(values)
-    mesh, most = build_mesh(config, torch.device("cpu")), 0
+    mesh, most, before = build_mesh(config, torch.device("cpu")), 0, alive()
     initialise = apply.initialize_part
 
     def watched(part, name, seed):
         nonlocal most
         initialise(part, name, seed)
-        held = {p for module in (model, part) for p in module.parameters() if not p.is_meta}
-        most = max(most, sum(p.nbytes for p in held))
+        most = max(most, alive() - before)
 
     apply.initialize_part = watched
     try:
@@ -51,6 +50,12 @@ def start(values: dict) -> dict:
         apply.initialize_part, engine, model = initialise, None, None
         gc.collect()
         leave_mesh()
+
+
+def alive() -> int:
+    """Bytes of all parameters in this process, whoever holds them."""
+    gc.collect()
+    return sum(p.nbytes for p in gc.get_objects() if type(p) is torch.nn.Parameter and not p.is_meta)
 
 
 def _value(engine, p):

@@ -45,10 +45,10 @@ def with_values(part: nn.Module, name: str, seed: int | None) -> nn.Module:
     return part
 
 
-def parallelize(model: TitansForCausalLM, config: Config, mesh: Mesh, seed: int | None = None) -> ParallelEngine:
+def parallelize(model: TitansForCausalLM, config: Config, mesh: Mesh, seed: int | None) -> ParallelEngine:
     """A single-device model -> an engine that trains this rank's part of it.
 
-    model, seed: as build_engine has them, alike on every rank; the model is taken apart. The layout was checked by build_mesh."""
+    model: as build_engine has it, alike on every rank; seed: None: NaN; the model is taken apart. The layout was checked by build_mesh."""
     p, train = config.parallel, config.train
 
     # 1. Pipeline parallelism: this rank's layers, as stages.

@@ -68,7 +68,7 @@ def keep_parts(model: TitansForCausalLM, parts: Iterable[str]) -> None:
 
 
 def replace_parts(model: TitansForCausalLM, f: Callable[[str, nn.Module], nn.Module]) -> None:
-    """Puts f(name, part) in the place of every part that is there, one after the other."""
-    for name, part in named_parts(model).items():
+    """Puts f(name, part) in the place of every part that is there, one after the other, and holds no part that was replaced."""
+    for name in list(named_parts(model)):
         owner, _, key = name.rpartition(".")
-        setattr(model.get_submodule(owner), key, f(name, part))
+        setattr(model.get_submodule(owner), key, f(name, model.get_submodule(name)))

@@ -40,9 +40,8 @@ def zero_engine(config: Config, mesh: Mesh, module: nn.Module, optimizer: torch.
     """A DeepSpeed engine around a module and its optimizer."""
     deepspeed = load_deepspeed()
     settings = zero_settings(config, accumulation)
-    if (
-        config.parallel.zero_stage == 3
-    ):  # a block reads its parts' weights outside of their calls, and often: gather it as one
+    if config.parallel.zero_stage == 3:
+        # A block reads its parts' weights outside of their calls, and often: gather it as one.
         deepspeed.utils.set_z3_leaf_modules(module, list({type(m) for m in module.modules() if isinstance(m, Block)}))
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, mpu=Groups(mesh))
