@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from titans_pretrain.kernels.backends import without_autocast
 
@@ -72,7 +73,25 @@ def telescope(
 def _telescope_chunks(lr: Tensor, k: Tensor, size: int, coefficient: float, power: int) -> Tensor:
     """lr [B, n * size, H, gates], k [B, n * size, H, D] -> lr', chunks of `size` on their own."""
     with without_autocast(lr):  # as the scan does
-        return _telescoped(lr, k, size, coefficient, power)
+        return _Telescope.apply(lr, k, size, coefficient, power)
+
+
+class _Telescope(torch.autograd.Function):
+    """Keeps its inputs only, and multiplies again in the backward pass: autograd alone would keep five tables of size x size a chunk."""
+
+    @staticmethod
+    def forward(ctx, lr, k, *options):
+        ctx.save_for_backward(lr, k)
+        ctx.options = options
+        return _telescoped(lr, k, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        lr, k = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+        with torch.enable_grad(), without_autocast(d):
+            out = _telescoped(lr, k, *ctx.options)
+        return (*torch.autograd.grad(out, (lr, k), d), None, None, None)
 
 
 def _telescoped(lr: Tensor, k: Tensor, size: int, coefficient: float, power: int) -> Tensor:

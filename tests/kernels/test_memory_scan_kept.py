@@ -48,7 +48,9 @@ def test_recomputed_blocks_keep_nothing_of_the_scan(variant, monkeypatch):
 
     torch.manual_seed(0)
     memory = MemoryConfig(heads=2, chunk_size=4)
-    model = build_model(ModelConfig(variant, 16, 2, 2, 32, persistent_tokens=2, memory=memory))
+    model = build_model(
+        ModelConfig(variant, dim=16, layers=2, heads=2, vocab_size=32, persistent_tokens=2, memory=memory)
+    )
     tokens = torch.randint(0, 32, (2, 256))
     kept = {}
     for mode in ("none", "block"):

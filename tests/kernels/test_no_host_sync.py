@@ -72,8 +72,8 @@ def step():
 
 
 def telescoped():
-    lr, k = randn(2, 150, 2, 1), randn(2, 150, 2, 6)
-    return lambda: telescope(lr, k, chunk_size=16, coefficient=0.8)[0].sum()
+    lr, momentum, k = randn(2, 150, 2, 1), randn(2, 150, 2, 1), randn(2, 150, 2, 6)
+    return lambda: telescope(lr, momentum, k, chunk_size=16, coefficient=1.2, power=2)[0].sum()
 
 
 def window(window, docs, persistent):

@@ -21,7 +21,7 @@ def heavy_imports(code: str) -> str:
 def test_its_names_are_what_they_say():
     from titans_pretrain import MemoryLayer, build_model, load_config, memory_scan
     from titans_pretrain.config.load import load_config as home_of_load_config
-    from titans_pretrain.kernels.memory_scan.scan import memory_scan as home_of_memory_scan
+    from titans_pretrain.kernels.memory_scan.contract import memory_scan as home_of_memory_scan
     from titans_pretrain.models.causal_lm import build_model as home_of_build_model
     from titans_pretrain.models.memory import MemoryLayer as HomeOfMemoryLayer
 
