@@ -27,12 +27,11 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     try:
         merged = OmegaConf.merge(_read(path), _parse_overrides(overrides))
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as e:
-        raise ValueError(f"{path}: {_first_line(e)}") from e
-    except TypeError as e:  # a list meets a mapping
-        raise ValueError(
-            f"{path}: {_first_line(e)}: an override cannot reach into a list, give all of it, as 'model.pattern=[mag, lmm]'"
-        ) from e
+    except (OmegaConfBaseException, TypeError) as e:
+        told = f"{path}: {_first_line(e)}"
+        if isinstance(e, TypeError) or "ListConfig" in told:  # a list meets a mapping, as omegaconf 2.4 and 2.3 say it
+            told += ": an override cannot reach into a list, give all of it, as 'model.pattern=[mag, lmm]'"
+        raise ValueError(told) from e
     try:
         config = from_dict(values)
     except ValueError as e:

@@ -10,6 +10,7 @@ import ast
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -28,10 +29,21 @@ if TYPE_CHECKING:  # never run: transformers copies the files that this one name
 def bundle_sources(*modules: str) -> dict[str, str]:
     """{file name: source} of these modules and of everything of this package that they import.
 
-    The last of `modules` is the one that transformers opens. Raises ValueError, which is a defect of the module that it
+    Transformers opens the first and the last of `modules`. Raises ValueError, which is a defect of the module that it
     names, for an import that does not survive the move: `import titans_pretrain...`, a relative one, or one of a package
     that an exported folder does not require.
     """
+    sources = _with_imports(modules)
+    for opened, needed in {modules[0]: _with_imports(modules[:1]), modules[-1]: sources}.items():
+        entry = flat_name(opened)
+        imports = "\n".join(f"    from .{name} import __name__ as _" for name in sorted(needed) if name != entry)
+        if imports:
+            sources = sources | {entry: sources[entry] + _ALL_FILES.format(imports=imports)}
+    return {name + ".py": source for name, source in sorted(sources.items())}
+
+
+def _with_imports(modules: Sequence[str]) -> dict[str, str]:
+    """{flat name: source} of these modules and of everything of this package that they import."""
     sources: dict[str, str] = {}
     waiting = list(modules)
     while waiting:
@@ -39,10 +51,7 @@ def bundle_sources(*modules: str) -> dict[str, str]:
         if flat_name(module) not in sources:
             sources[flat_name(module)], imported = _flatten(module)
             waiting += imported
-    entry = flat_name(modules[-1])
-    imports = "\n".join(f"    from .{name} import __name__ as _" for name in sorted(sources) if name != entry)
-    sources[entry] += _ALL_FILES.format(imports=imports)
-    return {name + ".py": source for name, source in sorted(sources.items())}
+    return sources
 
 
 def flat_name(module: str) -> str:

@@ -39,8 +39,14 @@ def test_names_and_imports_are_flattened(package):
     assert list(sources) == ["a_b.py", "c_d.py", "c_e.py"]
     assert sources["a_b.py"].startswith('"""Doc."""\nimport torch\nfrom .c_d import X, Y as Z\n\nW = X\n')
     assert sources["c_d.py"] == "def f():\n    from .c_e import V\n    return V\n\nX = Y = 1\n"
-    # the entry names every file, also those that it imports only through others
-    assert re.findall(r"^\s*from \.(\w+) import __name__", sources["a_b.py"], re.MULTILINE) == ["c_d", "c_e"]
+    # what transformers opens names every file that it needs, also those that it imports only through others
+    assert named(sources["a_b.py"]) == ["c_d", "c_e"]
+    assert not named(sources["c_e.py"])
+    assert named(bundle.bundle_sources("demo_package.c.d", "demo_package.a.b")["c_d.py"]) == ["c_e"]
+
+
+def named(source):
+    return re.findall(r"^\s*from \.(\w+) import __name__", source, re.MULTILINE)
 
 
 def test_an_imported_module_stays_a_module(package):
