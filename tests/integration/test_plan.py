@@ -131,6 +131,17 @@ def test_layers_that_differ_are_shown_with_the_range_of_their_states(capsys):
     keys = 2 * 2 * 32 * 4  # rows, keys and values of one head, in float32
     assert found["state"] == f"{4 * keys:,} to {memory + 63 * keys:,} bytes per layer and boundary of segments"
     assert found["stages"] == "layers 0-0, 1-3"
+    ring = build_layout(load_config(TINY, [pattern, *options[:-1], "parallel.cp=2"]), 2)
+    assert (
+        ring.ring_bytes(0, 0) == memory + (63 + 8 + 4 + 4) * keys
+    )  # one boundary; gradients return from the other rank
+
+
+def test_what_mac_retrieves_costs_its_keys_and_values_once_more():
+    config = load_config(TINY, [*VARIANTS["hybrid"], *SMALL]).model
+    attention = build_model(config).layers[1].attention
+    assert retrieved_flops(config.layer(1)) == 2 * (attention.k_proj.weight.numel() + attention.v_proj.weight.numel())
+    assert retrieved_flops(config.layer(0)) == 0
 
 
 @pytest.mark.slow

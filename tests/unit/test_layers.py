@@ -12,7 +12,7 @@ from titans_pretrain.models.attention import AttentionLayer
 from titans_pretrain.models.linear import GateProjection
 from titans_pretrain.models.memory import MemoryLayer
 from titans_pretrain.models.mlp import SwiGLU
-from titans_pretrain.models.rotary import rotation
+from titans_pretrain.models.rotary import rotate, rotation
 
 DIM = 32
 
@@ -114,7 +114,10 @@ def test_queries_and_keys_are_normed_before_they_are_turned():
     positionless = layer.positionless(x[0])[0]
     torch.testing.assert_close(positionless[..., 2:], keys[0][..., 2:])
     assert not positionless[..., :2].any()
-    assert not torch.allclose(layer.queries(x, turned(layer, 7)), layer.queries(x, still))
+    by = turned(layer, 7)
+    torch.testing.assert_close(layer.queries(x, by), rotate(normed(x @ layer.q_proj.weight.T, layer.q_norm), by))
+    torch.testing.assert_close(layer.keys_values(x, by)[0], rotate(keys, by))
+    assert not torch.allclose(layer.queries(x, by), layer.queries(x, still))
 
 
 def test_gates_keep_their_values_apart_under_autocast():
