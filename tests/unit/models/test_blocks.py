@@ -68,8 +68,10 @@ def test_the_gates_two_sides(variant):
     assert not mixed(model, tokens).any()  # nothing to let through
 
 
-@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal", "transformer"])
-def test_initialisation(variant):
+@pytest.mark.parametrize(
+    "variant, queries", [("lmm", 0), ("mac", 0), ("mac", 64), ("mag", 0), ("mal", 0), ("transformer", 0)]
+)
+def test_initialisation(variant, queries):
     """Projections N(0, init_std); those into the residual stream smaller by sqrt(2 layers); biases of the gates; norms at 1."""
     dim, layers = 128, 3
     torch.manual_seed(0)
@@ -83,7 +85,8 @@ def test_initialisation(variant):
             persistent_tokens=64,
             tie_embeddings=False,
             memory=MemoryConfig(depth=3, heads=2),
-            mac=MacConfig(segment=512),
+            mac=MacConfig(segment=512, memory_tokens=queries),
+            qk_norm=True,
         )
     )
     std = math.sqrt(2 / (5 * dim))
@@ -104,7 +107,7 @@ def test_initialisation(variant):
                 wanted = 0.5  # four taps
             elif owner == "weights":  # of the memory, three layers from 64 over 256 to 64
                 wanted = {"0": 1.0, "1": 1 / 16, "2": 1.0}[kind]
-            elif name.endswith("persistent"):
+            elif name.endswith(("persistent", "memory_queries")):
                 wanted = 1.0
             noise = 5 * wanted / math.sqrt(2 * p.numel())
             assert abs(p.std().item() - wanted) < noise, f"{name}: {p.std():.4f}, not {wanted:.4f}"
