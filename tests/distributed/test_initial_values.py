@@ -31,25 +31,29 @@ def values_of(layout: str, **changes) -> dict:
 
 
 def start(values: dict) -> dict:
-    """On a rank: its logical tensors after the engine was built, and the most bytes that parameters took on the way."""
+    """On a rank, after the engine was built: its logical tensors, the bytes that it keeps of each part, and those that all
+    parameters took when a part was made."""
     config, model = fresh(values)
-    mesh, most, before = build_mesh(config, torch.device("cpu")), 0, alive()
+    mesh, taken, before = build_mesh(config, torch.device("cpu")), {}, alive()
     initialise = apply.initialize_part
 
     def watched(part, name, seed):
-        nonlocal most
         initialise(part, name, seed)
-        most = max(most, alive() - before)
+        taken[name] = alive() - before
 
     apply.initialize_part = watched
     try:
         engine = build_engine(config, model, mesh)
-        own = sum(getattr(p, "ds_tensor", p).nbytes for p in engine.model.parameters())
-        return {"tensors": full_tensors(engine, mesh, _value), "most": most, "own": own}
+        kept = {name: bytes_of(part) for name, part in named_parts(engine.model).items()}
+        return {"tensors": full_tensors(engine, mesh, _value), "kept": kept, "taken": taken}
     finally:
         apply.initialize_part, engine, model = initialise, None, None
         gc.collect()
         leave_mesh()
+
+
+def bytes_of(part: torch.nn.Module) -> int:
+    return sum(getattr(p, "ds_tensor", p).nbytes for p in part.parameters())
 
 
 def alive() -> int:
@@ -70,15 +74,21 @@ def _value(engine, p):
 def test_every_layout_starts_from_the_same_values(ranks, layout):
     values = values_of(layout)
     config, model = fresh(values | {"parallel": {}})
-    largest = max(sum(p.nbytes for p in part.parameters()) for part in named_parts(model).values())
+    whole = {name: bytes_of(part) for name, part in named_parts(model).items()}
     expected = dict(build_engine(config, model, Mesh(torch.device("cpu"))).model.named_parameters())
-    seen = set()
+    seen, kept = set(), 0
     for found in ranks(LAYOUTS[layout][0]).run(start, values):
         for name, tensor in found["tensors"].items():
             assert torch.equal(tensor, expected[name]), name
         seen |= found["tensors"].keys()
-        assert found["most"] <= found["own"] + largest
+        done = 0
+        for name, taken in found["taken"].items():
+            assert taken <= done + whole[name]
+            done += found["kept"][name]
+        kept += done
     assert seen == expected.keys()
+    if layout == "pp2-interleaved":
+        assert kept == sum(whole.values())
 
 
 def test_parts_are_initialised_as_the_whole_model_is():

@@ -76,6 +76,21 @@ def test_a_batch_is_checked_before_it_goes_to_a_device(variant, start):
     assert {x.device for x in on_device(batch(positions=positions), settings, device).values()} == {device}
 
 
+@pytest.mark.parametrize(
+    "pattern", [["lmm", {"variant": "lmm", "memory": {"chunk_size": 8}}], ["transformer", {"variant": "mac"}]]
+)
+def test_behind_a_state_a_document_starts_where_every_layer_is_between_chunks(pattern):
+    c = dataclasses.replace(config(), pattern=pattern)
+    m = build_model(c)
+    with torch.no_grad():
+        state = m(tokens(4)).state  # half a chunk of the second layer, nothing of the first's
+        positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+        with pytest.raises(ValueError, match="off the grid: pad documents to a multiple of 8"):
+            m(tokens(8), state=state, positions=positions)
+        positions = torch.tensor([[4, 5, 6, 7, 0, 1, 2, 3]])
+        m(tokens(8), state=state, positions=positions)
+
+
 @pytest.mark.parametrize("wrong", [VOCAB, -1])
 def test_tokens_outside_the_vocabulary_do_not_reach_a_device(wrong):
     held = tokens(16, rows=2)

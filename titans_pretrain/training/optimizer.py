@@ -29,10 +29,8 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     norm is the inner step size, which decay would raise all through training.
     """
     looked_up = ("embed_tokens", "persistent", "memory_queries", ".memory.weights.")
-    dims = len(
-        getattr(parameter, "ds_shape", parameter.shape)
-    )  # of the whole: with ZeRO stage 3 a rank holds a flat share
-    return dims >= 2 and not any(part in f".{name}" for part in looked_up)
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO stage 3 leaves a flat share of the whole
+    return len(shape) >= 2 and not any(part in f".{name}" for part in looked_up)
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
