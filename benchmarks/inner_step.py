@@ -246,23 +246,24 @@ def report(found: list[dict]) -> list[Bar]:
     for point in found:
         groups.setdefault((point["part"], point["variant"], describe(point["memory"])), []).append(point)
     bars = []
-    for part, title in (("gradient", "fresh"), ("recall", "steps to recall"), ("text", "loss on text")):
-        header = ["variant", "setting", "seeds", title, "gradient / transformer, fp32", "bf16"]
+    for part, title in (("gradient", None), ("recall", "steps to recall"), ("text", "loss on text")):
+        header = ["variant", "setting", "seeds", *([title] if title else []), "gradient / transformer, fp32", "bf16"]
         table = []
         for (where, variant, memory), group in groups.items():
             if where != part:
                 continue
-            told = "-"
+            told = []
             if part == "recall":
-                told = " ".join(str(p["steps"] or "never") for p in sorted(group, key=lambda p: p["seed"]))
+                steps = (str(p["steps"] or "never") for p in sorted(group, key=lambda p: p["seed"]))
+                told = [" ".join(steps)]
             elif part == "text":
                 losses = [p["loss"] for p in group]
-                told = f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
+                told = [f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"]
             cells = [worst.get((part, variant, memory, d)) for d in ("float32", "bfloat16")]
             seeds = len({p["seed"] for p in group})
-            table.append([variant, memory, str(seeds), told, *("-" if c is None else f"{c:.3g}" for c in cells)])
+            table.append([variant, memory, str(seeds), *told, *("-" if c is None else f"{c:.3g}" for c in cells)])
         if table:
-            print(f"\n{part}\n" + markdown_table(header, table))
+            print(f"\n{part}\n\n" + markdown_table(header, table))
         chosen = [r for (where, _, memory, _), r in worst.items() if where == part and memory == describe(CHOSEN)]
         if chosen:
             bars.append(

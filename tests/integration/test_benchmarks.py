@@ -40,6 +40,18 @@ def test_both_sides_of_the_scan_run_at_the_same_shape(side):
     assert point["tokens_per_cpu_second"] > 0 and point["peak_gib"] > 0
 
 
+def test_the_study_of_the_inner_step_goes_on_where_it_stopped(tmp_path):
+    """Points that the file has are not measured again; the report needs none measured."""
+    results = tmp_path / "study.jsonl"
+    command = [sys.executable, "-m", "benchmarks.inner_step", "--results", str(results)]
+    for _ in range(2):
+        subprocess.run([*command, "--quick", "--only", "gradient"], cwd=ROOT, check=True, capture_output=True)
+    points = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [p["seed"] for p in points] == [0, 1] and all(p["norms"]["equal"] > 0 for p in points)
+    report = subprocess.run([*command, "--report"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "| transformer |" in report and len(results.read_text().splitlines()) == 2
+
+
 def touch(mebibytes: int) -> None:
     with mmap.mmap(-1, mebibytes << 20) as pages:
         for start in range(0, len(pages), mmap.PAGESIZE):
