@@ -7,8 +7,10 @@ configuration compile C++ at start.
 import contextlib
 import io
 import logging
+from importlib.metadata import version
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from titans_pretrain.config import Config
@@ -16,9 +18,19 @@ from titans_pretrain.models.blocks import Block
 from titans_pretrain.parallel.mesh import Mesh
 from titans_pretrain.parallel.zero_settings import zero_settings
 
+OLDEST_DEEPSPEED = Version("0.19.8")
+
 
 def load_deepspeed():
-    """Imports DeepSpeed, quietly, without the C++ extension that it would compile for CPUs and training never uses."""
+    """Imports DeepSpeed, quietly, without the C++ extension that it would compile for CPUs and training never uses.
+
+    Raises ValueError for one that is too old."""
+    found = version("deepspeed")
+    if Version(found) < OLDEST_DEEPSPEED:
+        raise ValueError(
+            f"DeepSpeed {found} is installed, and some before {OLDEST_DEEPSPEED} train ZeRO-1 in float32 with wrong gradients, without a "
+            f"word: pip install deepspeed=={OLDEST_DEEPSPEED}, or set parallel.zero_stage=0"
+        )
     import deepspeed
     import deepspeed.ops
 
