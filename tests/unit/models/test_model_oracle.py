@@ -61,7 +61,7 @@ CASES = {
     "mac-grouped": (config("mac", heads=4, kv_heads=2, head_dim=5, qk_norm=True), DOCUMENTS),
     "mac-queries-grouped": (config("mac", heads=4, kv_heads=1, qk_norm=True, mac=dict(memory_tokens=3)), None),
     "hybrid": (
-        config("lmm", layers=3, pattern=["mag", "transformer"], memory=DAMPED),
+        config("lmm", layers=4, pattern=[{"variant": "transformer", "heads": 4}, "mag", "mal", "mac"], memory=DAMPED),
         DOCUMENTS,
     ),
     "hybrid-of-its-own": (
@@ -69,9 +69,9 @@ CASES = {
             "mac",
             layers=4,
             pattern=[
-                {"variant": "transformer", "window": None, "heads": 4, "kv_heads": 2, "persistent_tokens": 3},
                 {"variant": "lmm", "memory": {"depth": 1, "chunk_size": 2, "heads": 2}, "persistent_tokens": 0},
                 {"variant": "mac", "qk_norm": True, "ffn_dim": 7, "mac": {"segment": 3}},
+                {"variant": "transformer", "window": None, "heads": 4, "kv_heads": 2, "persistent_tokens": 3},
             ],
         ),
         DOCUMENTS,
