@@ -1,6 +1,6 @@
 """Associative recall past the attention window, and whether the memory stays finite under stress.
 
-    python -m benchmarks.recall                                    # the table of docs/stability.md, about half an hour
+    python -m benchmarks.recall                                    # all settings, about half an hour
     python -m benchmarks.recall variant=mag memory.chunk_size=64   # one setting; keys of `model`
 
 Task: 8 key-value pairs, noise, then the keys again 48 to 128 tokens later; the model names the values. Chance is 1/32; window

@@ -185,7 +185,7 @@ class MemoryLayer(nn.Module):
                 lr, momentum, k, chunk_size=c.chunk_size, coefficient=c.telescope_coefficient,
                 power=2 if c.residual_norm else 1, history=history,
             )  # fmt: skip
-        if c.damping and c.depth > 2:
+        if c.residual_norm and c.damping and c.depth > 2:
             # The input of a layer between the first and the last has a square norm of about F where the first one's, a key, has 1,
             # and so has its share of the curvature.
             shape = (*lr.shape[:-1], c.depth)

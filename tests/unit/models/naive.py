@@ -280,7 +280,7 @@ class Memory:
                     overlap = (key * unit(k)).sum() ** 2 if self.m.residual_norm else (key * unit(k)).sum().abs()
                     step = step * (1 - (self.coefficient * earlier[layer] * overlap).clamp(max=0.999))
                 step = step * (1 - self.m.max_momentum * eta[layer])
-            if self.m.damping and 0 < layer < self.m.depth - 1:
+            if self.m.residual_norm and self.m.damping and 0 < layer < self.m.depth - 1:
                 step = (
                     step / self.weights[h][0].shape[1]
                 )  # the input of a middle layer has about F times a key's square

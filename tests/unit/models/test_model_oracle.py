@@ -36,7 +36,11 @@ CASES = {
     "lmm": (config("lmm", layers=2), None),
     "lmm-packed": (config("lmm", memory=DAMPED), DOCUMENTS),
     "lmm-deep": (config("lmm", memory=dict(depth=3, per_layer_gates=True, **DAMPED)), None),
-    "lmm-deep-plain": (config("lmm", memory=dict(depth=3, forget_to="zero"), persistent_tokens=5), DOCUMENTS),
+    "lmm-deep-plain": (
+        config("lmm", memory=dict(depth=3, damping=0.0, step="plain", forget_to="zero"), persistent_tokens=5),
+        DOCUMENTS,
+    ),
+    "lmm-deep-without-norm": (config("lmm", memory=dict(depth=3, residual_norm=False)), None),
     "lmm-linear": (config("lmm", memory=dict(depth=1, residual_norm=False, step="telescoped", max_lr=0.4)), DOCUMENTS),
     "lmm-gates": (config("lmm", memory=dict(per_layer_gates=True, residual_norm=False, forget_to="zero")), None),
     "lmm-chunk-1": (config("lmm", memory=dict(chunk_size=1, conv_size=4, damping=0.5, heads=1)), None),
