@@ -66,10 +66,23 @@ def environment(folder: Path) -> dict[str, str]:
     return os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
 
 
+HYBRID = [
+    "mac",
+    {"variant": "lmm", "memory": {"chunk_size": 8, "depth": 3}},
+    {"variant": "transformer", "window": None},
+]
+KINDS = [*VARIANTS, "hybrid"]
+
+
 def make_run(folder, variant):
     """A run folder with one checkpoint, as training leaves it, and its model."""
+    own = (
+        {"pattern": HYBRID, "layers": 3, "kv_heads": 1, "qk_norm": True}
+        if variant == "hybrid"
+        else {"variant": variant}
+    )
     model_config = ModelConfig(
-        variant=variant, dim=32, layers=2, heads=2, vocab_size=260, window=12, persistent_tokens=3,
+        **{"layers": 2} | own, dim=32, heads=2, vocab_size=260, window=12, persistent_tokens=3,
         tie_embeddings=variant != "mal", memory=MemoryConfig(heads=2, chunk_size=4), mac=MacConfig(segment=16),
     )  # fmt: skip
     torch.manual_seed(0)
@@ -91,16 +104,16 @@ def make_run(folder, variant):
 def loaded(tmp_path_factory):
     """{variant: (the trained model, what a user's process got from its export)}."""
     folder = tmp_path_factory.mktemp("hf")
-    models = {variant: make_run(folder / f"run-{variant}", variant) for variant in VARIANTS}
-    outs = {variant: export_checkpoint(folder / f"run-{variant}", folder / f"out-{variant}") for variant in VARIANTS}
+    models = {variant: make_run(folder / f"run-{variant}", variant) for variant in KINDS}
+    outs = {variant: export_checkpoint(folder / f"run-{variant}", folder / f"out-{variant}") for variant in KINDS}
     arguments = [TEXT, str(NEW), str(folder / "results.pt"), *map(str, outs.values())]
     command = [sys.executable, "-c", USER, *arguments]
     subprocess.run(command, check=True, env=environment(folder), cwd=folder, timeout=300)
     results = torch.load(folder / "results.pt")
-    return {variant: (models[variant], results[str(outs[variant])]) for variant in VARIANTS}
+    return {variant: (models[variant], results[str(outs[variant])]) for variant in KINDS}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", KINDS)
 @torch.no_grad()
 def test_an_export_computes_what_was_trained(loaded, variant):
     model, got = loaded[variant]
@@ -113,7 +126,7 @@ def test_an_export_computes_what_was_trained(loaded, variant):
     assert (got["half"].double() - exact).square().mean().sqrt() < 0.1 * exact.std()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", KINDS)
 @torch.no_grad()
 def test_an_export_generates_what_the_model_would(loaded, variant):
     model, got = loaded[variant]

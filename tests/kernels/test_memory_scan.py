@@ -228,7 +228,9 @@ def test_a_half_read_state_of_batch_one_serves_every_row(forget_to, device, back
         _, half = memory_scan(*(t[:1, :3] for t in arguments(x)), state, initial_state=initial, **options)
         assert half.offset == 3 and half.batch == 1
         parts = (tuple(w.repeat(rows, 1, 1, 1) for w in ws) for ws in (half.weights, half.surprise, half.anchor))
-        half = MemoryState(*parts, half.offset)
+        expanded, half = half.expand(rows), MemoryState(*parts, half.offset)
+        assert expanded.offset == half.offset
+        assert all(torch.equal(a, b) for a, b in zip(tensors(x["q"], expanded), tensors(x["q"], half), strict=True))
         with torch.no_grad():
             steps.append(tensors(*memory_step(*arguments(x, 0, 1), half, initial_state=initial, **options)))
         outputs = tensors(*memory_scan(*arguments(x), half, initial_state=initial, **options))
