@@ -18,6 +18,8 @@ from titans_pretrain.training.progress import Progress
 from titans_pretrain.training.signals import StopRequest
 from titans_pretrain.training.validation import Validator
 
+EMPTY_DRAWS = 1000  # steps whose rows hold no target, one after the other, before a run stops
+
 
 class Trainer:
     """Trains one model. With several processes, one trainer runs on each, in step; only one of them has loggers.
@@ -65,14 +67,7 @@ class Trainer:
     def train_step(self) -> dict:
         """One optimizer step over `global_batch` rows. Returns the numbers to log."""
         train, start = self.config.train, time.perf_counter()
-        batches = [next(self.reader) for _ in range(self.engine.micro_batches)]
-        # The loss is a sum over the targets of the whole step, divided by their number: rows with more padding do not
-        # weigh more, and the split into micro-batches does not matter.
-        targets = self.engine.count(batches)
-        if not targets:
-            raise ValueError(
-                f"step {self.step + 1}: the batch holds no target; is data.seq_len={self.config.data.seq_len} too small?"
-            )
+        batches, targets, waited = self._draw()
         loss = self.engine.forward_backward(batches, targets)
         if not math.isfinite(loss):
             raise ValueError(self._not_finite(loss, math.nan))
@@ -89,8 +84,23 @@ class Trainer:
             "tokens_per_second": round(targets / (time.perf_counter() - start), 1),
             "lr": rate,
             "grad_norm": grad_norm,
+            "data_wait": round(waited, 4),
             "peak_memory_mib": round(peak_memory_mib(self.device), 1),
         }
+
+    def _draw(self) -> tuple[list, int, float]:
+        """Batches of one step, their targets, and seconds spent waiting for them. The loss is a sum over the targets of the whole step, divided by their number:
+        rows with more padding do not weigh more, and the split into micro-batches does not matter."""
+        waited = 0.0
+        for _ in range(EMPTY_DRAWS):  # rows of padding alone come from shards that are skipped: others follow
+            start = time.perf_counter()
+            batches = [next(self.reader) for _ in range(self.engine.micro_batches)]
+            waited += time.perf_counter() - start
+            if targets := self.engine.count(batches):
+                return batches, targets, waited
+        skipped = ", ".join(getattr(self.reader, "skipped", {}))
+        cause = f"cannot be read: {skipped}" if skipped else f"is data.seq_len={self.config.data.seq_len} too small?"
+        raise ValueError(f"step {self.step + 1}: the batch holds no target, nor do {EMPTY_DRAWS} in a row; {cause}")
 
     def _validation_is_due(self) -> bool:
         train = self.config.train

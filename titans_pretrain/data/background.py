@@ -1,0 +1,42 @@
+"""Work beside the main thread that never holds the process at its end."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+
+
+class Background:
+    """Daemon threads that take one call after the other. The interpreter waits for an executor's threads before it ends, and one
+    of them may hang in a download; it does not wait for these."""
+
+    def __init__(self, threads: int = 1):
+        self._threads, self._calls = threads, None
+
+    def submit(self, function: Callable, *args) -> Future:
+        if self._calls is None:
+            self._calls = queue.SimpleQueue()
+            for _ in range(self._threads):
+                threading.Thread(target=_work, args=(self._calls,), daemon=True).start()
+        future = Future()
+        self._calls.put((future, function, args))
+        return future
+
+    def map(self, function: Callable, items: Iterable) -> list:
+        futures = [self.submit(function, item) for item in items]
+        return [future.result() for future in futures]
+
+    def __del__(self):
+        if self._calls is not None:
+            for _ in range(self._threads):
+                self._calls.put(None)
+
+
+def _work(calls: queue.SimpleQueue) -> None:
+    while (call := calls.get()) is not None:
+        future, function, args = call
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:  # whoever asks for the result gets it
+            future.set_exception(error)
+        del call, future, function, args  # not while waiting for the next one
