@@ -13,7 +13,7 @@ from titans_pretrain.checkpoint.store import atomic_folder
 from titans_pretrain.config import Config, changed_keys, flatten, load_config, save_config
 from titans_pretrain.data import ShardError, build_reader, open_manifest
 from titans_pretrain.data.storage import Folder
-from titans_pretrain.data.tokenizer import ENTRY, read_tokenizer_entry
+from titans_pretrain.data.tokenizer import DEFINITION, ENTRY, read_tokenizer_entry
 from titans_pretrain.models import build_model
 from titans_pretrain.parallel.apply import build_engine
 from titans_pretrain.parallel.launch import Watchdog, check_agreement, gather_objects, leave_processes
@@ -148,8 +148,9 @@ def copy_tokenizer(config: Config, run_dir: Path) -> None:
     source = Folder(config.data.path or next(iter(config.data.mixture)), config.data.cache_dir)
     expected = open_manifest(source, fresh=False).tokenizer
     with atomic_folder(run_dir / "tokenizer") as target:
-        for name in (ENTRY, "tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
-            with contextlib.suppress(ShardError):  # not every kind of tokenizer has every file
+        names = (ENTRY, DEFINITION[expected.kind], "tokenizer.json", "tokenizer_config.json")
+        for name in dict.fromkeys(filter(None, names)):
+            with contextlib.suppress(ShardError):  # not every tokenizer has a Hugging Face form
                 # not from the cache: the data may have been made anew, with another tokenizer
                 (target / name).write_bytes(source.read(f"tokenizer/{name}", fresh=True))
         found = read_tokenizer_entry(target)

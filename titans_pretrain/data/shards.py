@@ -53,7 +53,8 @@ class TarFile:
         """Fills the bytes of `buffer` from `offset` on. Raises ShardError."""
         # the common case first, without a closure: this runs once per document
         try:
-            if os.preadv(self._descriptor().number, [buffer], offset) == len(buffer):
+            descriptor = self._descriptor()  # held until the read is over, see _Descriptor
+            if os.preadv(descriptor.number, [buffer], offset) == len(buffer):
                 return
         except OSError:
             pass
