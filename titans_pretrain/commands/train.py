@@ -64,7 +64,7 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: P
         "gather": gather_objects if mesh.world > 1 else None,
         "pinned": mesh.device.type == "cuda",
     }
-    reader = build_reader(config, split="train", **place)
+    reader = build_reader(config, split="train", stopped=lambda: stop.received is not None, **place)
     validator = None
     if config.train.eval_every:
         rows = config.train.eval_batches * config.train.micro_batch  # of all processes: the loss is that of one process

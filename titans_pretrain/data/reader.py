@@ -21,6 +21,7 @@ last sample is filled up with inert tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
     import torch
 
 ORDER_VERSION = 1  # changes whenever the same seed gives another order
+
+
+POLL = 0.2  # seconds between looks at a stop request while data is being waited for
+
+
+class Stopped(Exception):
+    """A stop was requested while the next batch was on its way; it still comes, if it is asked for again."""
 
 
 class Batch(NamedTuple):
@@ -58,6 +66,7 @@ class Reader:
         rows: int | None,
         gather: Gather | None,
         pinned: bool,
+        stopped: Callable[[], bool],
     ):
         """gather: None where nothing has to be agreed on."""
         self.tokenizer = sources[0].manifest.tokenizer
@@ -67,7 +76,7 @@ class Reader:
         self._width = sum(len(part) for part in columns)
         self._identity = identity  # what a cursor depends on
         self._rows, self._drawn = rows, 0  # how many to give and how many were taken
-        self._gather, self._pinned = gather, pinned
+        self._gather, self._pinned, self._stopped = gather, pinned, stopped
         self._endless = sources[0].endless
         self._absent: list[dict] = []  # cursors of corpora that have left the mixture and may come back
         self._given = [source.state_dict() for source in sources]  # cursors after the last batch that was given out
@@ -78,12 +87,20 @@ class Reader:
         return self
 
     def __next__(self) -> Batch:
-        ahead, self._ahead = self._ahead, None
-        found = ahead.result() if ahead else self._next()
+        if self._gather is not None:  # agreeing needs the main thread, where the other communication is
+            found = self._next()
+        else:
+            ahead = self._ahead or self._background.submit(self._next)
+            while not wait([ahead], timeout=POLL).done:
+                if self._stopped():
+                    self._ahead = ahead
+                    raise Stopped
+            self._ahead = None
+            found = ahead.result()
         if found is None:
             raise StopIteration
         batch, self._given = found
-        if self._gather is None:  # agreeing needs the main thread, where the other communication is
+        if self._gather is None:
             self._ahead = self._background.submit(self._next)
         return batch
 
@@ -222,6 +239,7 @@ def build_reader(
     rows: int | None = None,
     gather: Gather | None = None,
     pinned: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Reader:
     """The reader of one data-parallel rank.
 
@@ -236,6 +254,7 @@ def build_reader(
     gather:        of a run of many processes: called on each with an object, answers with the objects of all, in one order
                    (all_gather_object); each process builds its readers and takes their batches in step with the others
     pinned:        puts batches into pinned memory, from where they go to a GPU while it computes
+    stopped:       whether to give up waiting: `next` then raises Stopped
 
     Each `next` gives Batch tensors [train.micro_batch, seq_len / context_size]. Raises ValueError for a configuration
     or data that cannot be read, ShardError (a ValueError) naming the shard while reading.
@@ -297,7 +316,16 @@ def build_reader(
     columns = context_columns(data.seq_len, context_rank, context_size, segments_per_rank)
     gather = gather if skip else None
     return Reader(
-        sources, rank, world, config.train.micro_batch, columns, identity, rows=rows, gather=gather, pinned=pinned
+        sources,
+        rank,
+        world,
+        config.train.micro_batch,
+        columns,
+        identity,
+        rows=rows,
+        gather=gather,
+        pinned=pinned,
+        stopped=stopped,
     )
 
 
