@@ -3,14 +3,16 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
+import torch
 from corpora import make_config, write_corpus
 
-from titans_pretrain.data import build_reader
+from titans_pretrain.data import Stopped, build_reader
 from titans_pretrain.data.background import Background
 from titans_pretrain.data.storage import STALE, Folder
 
@@ -81,6 +83,23 @@ def test_a_reader_closes_its_folders(slow, tmp_path):
     reader.close()
     with pytest.raises(CancelledError):
         next(reader)
+
+
+def test_a_stop_ends_the_waiting_for_a_batch_and_loses_nothing(tmp_path):
+    write_corpus(tmp_path / "c", [60] * 4)
+    expected = next(build_reader(make_config(tmp_path / "c")))
+    stop, there = threading.Event(), threading.Event()
+    reader = build_reader(make_config(tmp_path / "c"), stopped=stop.is_set)
+    (source,) = reader._sources
+    local = source.folder.local
+    source.folder.local = lambda *args, **options: there.wait(30) and local(*args, **options)
+    stop.set()
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            next(reader)
+    there.set()
+    reader._ahead.result()
+    assert torch.equal(next(reader).tokens, expected.tokens)
 
 
 def test_partial_files_of_killed_processes_are_removed_and_those_of_live_ones_are_not(tmp_path):
