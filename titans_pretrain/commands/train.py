@@ -98,7 +98,8 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: P
     try:
         done = trainer.run(run_dir, loggers, progress, stop)
     finally:
-        reader.close()
+        for each in (reader, *([validator.reader] if validator else [])):
+            each.close()
         if progress is not None:
             progress.close()
         for logger in loggers:

@@ -32,11 +32,24 @@ class Background:
                 self._calls.put(None)
 
 
+def at_once(function: Callable, *args) -> Future:
+    """As `submit`, but in this thread; an error is raised here."""
+    future = Future()
+    future.set_result(function(*args))
+    return future
+
+
 def _work(calls: queue.SimpleQueue) -> None:
     while (call := calls.get()) is not None:
         future, function, args = call
+        error = result = call = None
         try:
-            future.set_result(function(*args))
-        except BaseException as error:  # whoever asks for the result gets it
+            result = function(*args)
+        except BaseException as e:  # whoever asks for the result gets it
+            error = e
+        function = args = None  # before the caller goes on: what it frees then must not be left to this thread
+        if error is None:
+            future.set_result(result)
+        else:
             future.set_exception(error)
-        del call, future, function, args  # not while waiting for the next one
+        future = error = result = None

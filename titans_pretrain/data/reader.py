@@ -22,12 +22,12 @@ last sample is filled up with inert tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from titans_pretrain.data.background import Background
+from titans_pretrain.data.background import Background, at_once
 from titans_pretrain.data.source import Gather, Source, alone, open_manifests
 from titans_pretrain.data.storage import Folder
 from titans_pretrain.data.window import Window
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     import torch
 
 ORDER_VERSION = 1  # changes whenever the same seed gives another order
-
-
 POLL = 0.2  # seconds between looks at a stop request while data is being waited for
 
 
@@ -81,47 +79,60 @@ class Reader:
         self._absent: list[dict] = []  # cursors of corpora that have left the mixture and may come back
         self._given = [source.state_dict() for source in sources]  # cursors after the last batch that was given out
         self._background = Background()
-        self._ahead = None  # the next batch
+        self._ahead: tuple[Batch, Future] | None = None  # the next batch, and the cursors after it once it is filled
 
     def __iter__(self) -> Reader:
         return self
 
     def __next__(self) -> Batch:
-        if self._gather is not None:  # agreeing needs the main thread, where the other communication is
-            found = self._next()
-        else:
-            ahead = self._ahead or self._background.submit(self._next)
-            while not wait([ahead], timeout=POLL).done:
+        if self._ahead is None:
+            self._read_ahead()
+        batch, cursors = self._ahead
+        while not cursors.done():
+            try:
+                cursors.exception(POLL)  # waits; an error is raised below
+            except TimeoutError:
                 if self._stopped():
-                    self._ahead = ahead
-                    raise Stopped
-            self._ahead = None
-            found = ahead.result()
-        if found is None:
+                    raise Stopped from None
+        self._ahead = None
+        if (given := cursors.result()) is None:
             raise StopIteration
-        batch, self._given = found
+        self._given = given
         if self._gather is None:
-            self._ahead = self._background.submit(self._next)
+            self._read_ahead()
         return batch
+
+    def _read_ahead(self) -> None:
+        """Begins the next batch, in a thread; where the ranks must agree, here and whole: the other communication is in this one.
+
+        The thread never owns a tensor: to free one while the interpreter ends would abort the process. And what memory
+        another thread allocates is given back to the system each time."""
+        import torch  # not above: `titans-data` uses this package, a process per core, and needs no torch
+
+        shape = self._micro_batch, self._width
+        batch = Batch(*(torch.empty(shape, dtype=torch.int64, pin_memory=self._pinned) for _ in range(3)))
+        run = self._background.submit if self._gather is None else at_once
+        self._ahead = batch, run(self._next, [tensor.numpy() for tensor in batch])
 
     def close(self) -> None:
         """Gives up what is being downloaded. For the end of a run: the reader cannot be used any more."""
         for source in self._sources:
             source.folder.close()
 
-    def _next(self) -> tuple[Batch, list[dict]] | None:
+    def _next(self, arrays: list[np.ndarray]) -> list[dict] | None:
+        """Fills tokens, labels, positions; the cursors after them. None at the end."""
         rows, windows = self._draw()
         if not windows:
             return None
-        batch = self._read(rows)
+        self._read(rows, arrays)
         while self._gather:
             found = self._gather([window.unreadable for window in windows])
             if all(other == found[0] for other in found):
                 break
             for window, *numbers in zip(windows, *found):
                 window.give_up(set().union(*numbers))
-            batch = self._read(rows)
-        return batch, [source.state_dict() for source in self._sources]
+            self._read(rows, arrays)
+        return [source.state_dict() for source in self._sources]
 
     def _draw(self) -> tuple[list[tuple[Window, int] | None], list[Window]]:
         """The next rows of all ranks: window and sample of this rank's own, None for inert ones; and all windows that any is in."""
@@ -158,12 +169,7 @@ class Reader:
             order.append(chosen)
         return np.array(order)
 
-    def _read(self, rows: list[tuple[Window, int] | None]) -> Batch:
-        import torch  # not above: `titans-data` uses this package, a process per core, and needs no torch
-
-        shape = self._micro_batch, self._width
-        batch = Batch(*(torch.empty(shape, dtype=torch.int64, pin_memory=self._pinned) for _ in range(3)))
-        arrays = [tensor.numpy() for tensor in batch]
+    def _read(self, rows: list[tuple[Window, int] | None], arrays: list[np.ndarray]) -> None:
         for row, place in enumerate(rows):
             if place is None:  # the last batch is not full
                 for array, value in zip(arrays, (self.tokenizer.filler_id, -100, -1)):
@@ -175,7 +181,6 @@ class Reader:
                 end = start + len(part)
                 window.read(sample, part.start, part.stop, *(array[row, start:end] for array in arrays))
                 start = end
-        return batch
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -206,7 +211,7 @@ class Reader:
             cursor["manifest"]: cursor["weight"] for cursor in state["sources"]
         }
         if self._ahead is not None:
-            wait([self._ahead])
+            wait([self._ahead[1]])
             self._ahead = None
         for source in known:
             source.load_state_dict(cursors.pop(source.fingerprint))

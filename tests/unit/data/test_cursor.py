@@ -141,7 +141,7 @@ def test_a_cursor_counts_what_was_given_and_not_what_was_read_ahead(folders):
     reader = build_reader(make_config(folders / "a", micro_batch=2))
     for step in range(5):
         next(reader)
-        reader._ahead.result()
+        reader._ahead[1].result()
         (source,) = reader.state_dict()["sources"]
         assert source["drawn"] == 2 * (step + 1)
     reader.load_state_dict(reader.state_dict())  # drops the batch that was read ahead

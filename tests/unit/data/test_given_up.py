@@ -98,7 +98,7 @@ def test_a_stop_ends_the_waiting_for_a_batch_and_loses_nothing(tmp_path):
         with pytest.raises(Stopped):
             next(reader)
     there.set()
-    reader._ahead.result()
+    reader._ahead[1].result()
     assert torch.equal(next(reader).tokens, expected.tokens)
 
 

@@ -106,7 +106,7 @@ def test_a_tar_replaced_while_it_is_read_is_named(mixture, monkeypatch):
     (path, *_) = mixture
     reader = build_reader(make_config(path))
     next(reader)
-    reader._ahead.result()
+    reader._ahead[1].result()
     for tar in list(Path(path).glob("*.tar")):
         other = tar.with_suffix(".new")
         other.write_bytes(tar.read_bytes()[::-1])

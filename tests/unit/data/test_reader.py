@@ -228,7 +228,7 @@ def test_shard_that_fails_while_it_is_read(tmp_path, monkeypatch):
     stopping = build_reader(make_config(folder), epochs=1)
     first_row = next(reader)  # opens the shards
     next(stopping)
-    reader._ahead.result()  # so far it is read
+    reader._ahead[1].result()  # so far it is read
     shard = folder / "train-000001.tar"
     with open(shard, "r+b") as file:
         file.truncate(100)
