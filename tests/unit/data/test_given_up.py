@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError
 from pathlib import Path
 
@@ -120,3 +121,18 @@ def test_background_gives_results_and_errors():
     with pytest.raises(ZeroDivisionError):
         background.map(lambda x: 1 / x, [1, 0, 2])
     assert background.submit(int, "5").result() == 5
+
+
+def test_a_thread_owns_nothing_that_it_was_given_once_its_result_is_seen():
+    """A tensor that it freed while the interpreter ends would abort the process."""
+
+    class Thing:
+        pass
+
+    background = Background()
+    for _ in range(200):
+        thing = Thing()
+        seen = weakref.ref(thing)
+        future = background.submit(lambda given: given is not None, thing)
+        del thing
+        assert future.result() and seen() is None
