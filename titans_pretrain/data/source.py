@@ -17,9 +17,8 @@ from titans_pretrain.data.window import Window, windows_of_epoch
 
 log = logging.getLogger(__name__)
 
-Gather = Callable[
-    [Any], list
-]  # called on every process of a run; the answer has the arguments of all, in the same order
+# Called on every process of a run; the answer has the arguments of all, in the same order
+Gather = Callable[[Any], list]
 
 
 def alone(what: Any) -> list:
