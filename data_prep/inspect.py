@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from titans_pretrain.data.manifest import Manifest
+from titans_pretrain.data.shards import load_index
 from titans_pretrain.data.source import open_manifest
-from titans_pretrain.data.storage import Folder, load_index
+from titans_pretrain.data.storage import Folder
 from titans_pretrain.data_prep.shards import read_metadata
 from titans_pretrain.data_prep.tokenizer import load_tokenizer
 

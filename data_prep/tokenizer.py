@@ -228,10 +228,12 @@ def load_tokenizer(path: str | Path, eos: str | None = None) -> Tokenizer:
         raise ValueError(
             f"no tokenizer at {path} ({error.strerror}); give a folder, .model, tokenizer.json, byte or nucleotide"
         ) from None
-    if path.suffix == ".json":
-        config = path.with_name("tokenizer_config.json")
-        return HuggingFaceTokenizer(definition, json.loads(config.read_text()) if config.exists() else None, eos)
     try:
+        if path.suffix == ".json":
+            config = path.with_name("tokenizer_config.json")
+            return HuggingFaceTokenizer(definition, json.loads(config.read_text()) if config.exists() else None, eos)
         return SentencePieceTokenizer(definition)
     except RuntimeError as error:
         raise ValueError(f"{path} is not a sentencepiece model ({error})") from None
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{path} is not a tokenizer that can be used: {error}") from None

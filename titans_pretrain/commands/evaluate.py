@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
-from titans_pretrain.checkpoint import find_checkpoint, load_weights
+from titans_pretrain.checkpoint import find_checkpoint, find_tokenizer, load_weights
+from titans_pretrain.commands.foreign import refuse_commands
 from titans_pretrain.commands.table import format_table
 from titans_pretrain.commands.train import check_data_is_set
 from titans_pretrain.config import load_config
 from titans_pretrain.data import build_reader
+from titans_pretrain.data.tokenizer import read_tokenizer_entry
 from titans_pretrain.models import build_model
 from titans_pretrain.training.engine import SingleEngine, pick_device
 from titans_pretrain.training.validation import Validator
@@ -20,10 +22,16 @@ def evaluate(path: str, overrides: Sequence[str] = (), split: str = "validation"
     checkpoint = find_checkpoint(path)
     config = load_config(checkpoint / "config.yaml", overrides)
     check_data_is_set(config)
+    refuse_commands(config, overrides)
     if batches is not None and batches < 1:
         raise ValueError(f"--batches must be 1 or more, got {batches}")
     device = pick_device(config.train.device)
     reader = build_reader(config, split=split, epochs=1)
+    trained, found = read_tokenizer_entry(find_tokenizer(path)), reader.tokenizer
+    if found != trained:
+        raise ValueError(
+            f"{checkpoint} was trained on tokens of {trained}, the data has those of {found}; give data of the former"
+        )
     model = build_model(config.model)
     load_weights(checkpoint, model)
     found = Validator(reader, batches or config.train.eval_batches).run(SingleEngine(config, model.to(device), device))

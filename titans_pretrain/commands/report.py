@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from statistics import median
 
+from titans_pretrain.commands.foreign import refuse_commands
 from titans_pretrain.commands.table import format_table
 from titans_pretrain.config import Config, load_config
 from titans_pretrain.training.loggers import read_metrics
@@ -44,6 +45,7 @@ def _unigram_entropy(config: Config) -> str:
     if not config.data.path:
         return "not computed for a mixture"
     try:
+        refuse_commands(config)
         return f"{unigram_entropy(config.data.path, 'validation', config.data.cache_dir):.4f} (validation tokens)"
     except ValueError as e:  # the data may have moved since; the rest of the report still holds
         return f"not known: {e}"

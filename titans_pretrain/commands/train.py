@@ -9,13 +9,14 @@ import numpy
 import torch
 
 from titans_pretrain.checkpoint import clear_leftovers, find_checkpoint, latest_checkpoint
+from titans_pretrain.checkpoint.store import atomic_folder
 from titans_pretrain.config import Config, changed_keys, flatten, load_config, save_config
-from titans_pretrain.data import ShardError, build_reader
+from titans_pretrain.data import ShardError, build_reader, open_manifest
 from titans_pretrain.data.storage import Folder
-from titans_pretrain.data.tokenizer import ENTRY, read_tokenizer_entry
+from titans_pretrain.data.tokenizer import DEFINITION, ENTRY, read_tokenizer_entry
 from titans_pretrain.models import build_model
 from titans_pretrain.parallel.apply import build_engine
-from titans_pretrain.parallel.launch import Watchdog, check_agreement, leave_processes
+from titans_pretrain.parallel.launch import Watchdog, check_agreement, gather_objects, leave_processes
 from titans_pretrain.parallel.mesh import Mesh, build_mesh, describe
 from titans_pretrain.training.engine import pick_device
 from titans_pretrain.training.loggers import build_loggers
@@ -60,11 +61,15 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: P
         "context_rank": mesh.context.rank,
         "context_size": mesh.context.size,
         "segments_per_rank": config.parallel.segments_per_rank,
+        "gather": gather_objects if mesh.world > 1 else None,
+        "pinned": mesh.device.type == "cuda",
     }
-    reader = build_reader(config, split="train", **place)
+    reader = build_reader(config, split="train", stopped=lambda: stop.received is not None, **place)
     validator = None
     if config.train.eval_every:
-        validator = Validator(build_reader(config, split="validation", epochs=1, **place), config.train.eval_batches)
+        rows = config.train.eval_batches * config.train.micro_batch  # of all processes: the loss is that of one process
+        validation = build_reader(config, split="validation", epochs=1, rows=rows, **place)
+        validator = Validator(validation, config.train.eval_batches)
     with torch.device("meta"):
         model = build_model(config.model)
     parameters = sum(p.numel() for p in model.parameters())
@@ -93,6 +98,8 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: P
     try:
         done = trainer.run(run_dir, loggers, progress, stop)
     finally:
+        for each in (reader, *([validator.reader] if validator else [])):
+            each.close()
         if progress is not None:
             progress.close()
         for logger in loggers:
@@ -138,14 +145,18 @@ def check_data_is_set(config: Config) -> None:
 
 
 def copy_tokenizer(config: Config, run_dir: Path) -> None:
-    """Puts the data's tokenizer into the run folder, so that the run can be used without its data."""
+    """Puts the tokenizer of the data that was opened into the run folder, so that the run can be used without its data."""
     source = Folder(config.data.path or next(iter(config.data.mixture)), config.data.cache_dir)
-    target = run_dir / "tokenizer"
-    target.mkdir(exist_ok=True)
-    for name in (ENTRY, "tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
-        with contextlib.suppress(ShardError):  # not every kind of tokenizer has every file
-            (target / name).write_bytes(source.read(f"tokenizer/{name}"))
-    read_tokenizer_entry(target)  # what its kind needs has come
+    expected = open_manifest(source, fresh=False).tokenizer
+    with atomic_folder(run_dir / "tokenizer") as target:
+        names = (ENTRY, DEFINITION[expected.kind], "tokenizer.json", "tokenizer_config.json")
+        for name in dict.fromkeys(filter(None, names)):
+            with contextlib.suppress(ShardError):  # not every tokenizer has a Hugging Face form
+                # not from the cache: the data may have been made anew, with another tokenizer
+                (target / name).write_bytes(source.read(f"tokenizer/{name}", fresh=True))
+        found = read_tokenizer_entry(target)
+        if found != expected:
+            raise ValueError(f"{source.path}/tokenizer is {found}, the manifest says {expected}; make the data anew")
 
 
 def seed_everything(seed: int) -> None:

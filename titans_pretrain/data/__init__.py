@@ -1,5 +1,5 @@
 from titans_pretrain.data.manifest import Manifest
-from titans_pretrain.data.reader import Batch, Reader, build_reader
+from titans_pretrain.data.reader import Batch, Reader, Stopped, build_reader
 from titans_pretrain.data.source import open_manifest
 from titans_pretrain.data.statistics import unigram_counts, unigram_entropy
 from titans_pretrain.data.storage import ShardError
@@ -9,6 +9,7 @@ __all__ = [
     "Manifest",
     "Reader",
     "ShardError",
+    "Stopped",
     "build_reader",
     "open_manifest",
     "unigram_counts",

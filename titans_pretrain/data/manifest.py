@@ -10,24 +10,39 @@ Shards are numbered from 0 in each split.
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from titans_pretrain.data.tokenizer import TokenizerEntry
+from titans_pretrain.data.tokenizer import TokenizerEntry, quoted
 
 VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
+# A manifest may come from anywhere: its names become parts of paths, addresses and commands
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}").fullmatch
+_SHA256 = re.compile(r"[0-9a-f]{64}").fullmatch
 
 
 @dataclass
 class ShardEntry:
+    """Raises ValueError for what cannot be a shard; a name has letters, digits, `_`, `-` and `.` only, no folder."""
+
     name: str  # file name of the tar
     documents: int
     tokens: int
     bytes: int  # size of the tar
     sha256: str  # of the tar
+
+    def __post_init__(self):
+        if not (isinstance(self.name, str) and _PLAIN_NAME(self.name)):
+            raise ValueError(f"{self.name!r} is not a plain file name")
+        if not (isinstance(self.sha256, str) and _SHA256(self.sha256)):
+            raise ValueError(f"{self.name}: sha256 is {self.sha256!r}")
+        counts = (self.documents, self.tokens, self.bytes)
+        if not all(type(count) is int and 0 <= count < 1 << 60 for count in counts):
+            raise ValueError(f"{self.name}: documents, tokens, bytes are {counts}")
 
     @property
     def index_name(self) -> str:
@@ -64,18 +79,18 @@ class Manifest:
         return json.dumps(document, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: str = MANIFEST) -> "Manifest":
+    def from_json(cls, text: str | bytes, where: str = MANIFEST) -> "Manifest":
         """Raises ValueError naming `where` if the text is no manifest of this version."""
         try:
             document = json.loads(text)
             if document["version"] != VERSION:
                 raise ValueError(f"version {document['version']}, this program reads version {VERSION}")
-            splits = {
-                name: [ShardEntry(**shard) for shard in split["shards"]] for name, split in document["splits"].items()
-            }
-            return cls(TokenizerEntry(**document["tokenizer"]), splits, document["source"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where} is not a readable manifest ({error!r}); run `titans-data verify`") from None
+            splits = {name: [ShardEntry(**shard) for shard in document["splits"][name]["shards"]] for name in SPLITS}
+            return cls(TokenizerEntry(**document["tokenizer"]), splits, dict(document["source"]))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{where} is not a readable manifest ({quoted(error)}); run `titans-data verify`"
+            ) from None
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -10,6 +10,9 @@ How the order is made, and why it survives any change of the cluster:
   samples each corpus has given, as (epoch, window, sample). Another number of ranks, or another micro-batch, goes on
   from it with exactly the samples not yet seen.
 * Context parallelism reads only its columns; labels are cut before, so the last column has its label too.
+* With `data.on_bad_shard=skip` the processes agree, when a window opens and with every batch, on what none of them reads.
+
+One batch is read ahead, in a thread. A cursor never counts it: it tells what was given out.
 
 Documents are padded to `model.document_multiple` with inert tokens and cut where a sample ends; the rest of a cut
 document is a document of its own (position 0) in another sample. At the end of a window (about a billion tokens) the
@@ -18,15 +21,26 @@ last sample is filled up with inert tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, NamedTuple
 
-from titans_pretrain.data.source import Source
+import numpy as np
+
+from titans_pretrain.data.background import Background, at_once
+from titans_pretrain.data.source import Gather, Source, alone, open_manifests
 from titans_pretrain.data.storage import Folder
+from titans_pretrain.data.window import Window
 
 if TYPE_CHECKING:
     import torch
 
 ORDER_VERSION = 1  # changes whenever the same seed gives another order
+POLL = 0.2  # seconds between looks at a stop request while data is being waited for
+
+
+class Stopped(Exception):
+    """A stop was requested while the next batch was on its way; it still comes, if it is asked for again."""
 
 
 class Batch(NamedTuple):
@@ -39,49 +53,134 @@ class Reader:
     """Iterator of `Batch`; made by `build_reader`."""
 
     def __init__(
-        self, sources: list[Source], rank: int, world: int, micro_batch: int, columns: list[range], identity: dict
+        self,
+        sources: list[Source],
+        rank: int,
+        world: int,
+        micro_batch: int,
+        columns: list[range],
+        identity: dict,
+        *,
+        rows: int | None,
+        gather: Gather | None,
+        pinned: bool,
+        stopped: Callable[[], bool],
     ):
+        """gather: None where nothing has to be agreed on."""
+        self.tokenizer = sources[0].manifest.tokenizer
         self._sources = sources
         self._rank, self._world, self._micro_batch = rank, world, micro_batch
         self._columns = columns
         self._width = sum(len(part) for part in columns)
-        self._filler = sources[0].manifest.tokenizer.filler_id
         self._identity = identity  # what a cursor depends on
+        self._rows, self._drawn = rows, 0  # how many to give and how many were taken
+        self._gather, self._pinned, self._stopped = gather, pinned, stopped
+        self._endless = sources[0].endless
+        self._absent: list[dict] = []  # cursors of corpora that have left the mixture and may come back
+        self._given = [source.state_dict() for source in sources]  # cursors after the last batch that was given out
+        self._background = Background()
+        self._ahead: tuple[Batch, Future] | None = None  # the next batch, and the cursors after it once it is filled
 
     def __iter__(self) -> Reader:
         return self
 
     def __next__(self) -> Batch:
+        if self._ahead is None:
+            self._read_ahead()
+        batch, cursors = self._ahead
+        while not cursors.done():
+            try:
+                cursors.exception(POLL)  # waits; an error is raised below
+            except TimeoutError:
+                if self._stopped():
+                    raise Stopped from None
+        self._ahead = None
+        if (given := cursors.result()) is None:
+            raise StopIteration
+        self._given = given
+        if self._gather is None:
+            self._read_ahead()
+        return batch
+
+    def _read_ahead(self) -> None:
+        """Begins the next batch, in a thread; where the ranks must agree, here and whole: the other communication is in this one.
+
+        The thread never owns a tensor: to free one while the interpreter ends would abort the process. And what memory
+        another thread allocates is given back to the system each time."""
         import torch  # not above: `titans-data` uses this package, a process per core, and needs no torch
 
-        samples = [self._draw() for _ in range(self._micro_batch * self._world)]
-        if samples[0] is None:
-            raise StopIteration
-        batch = Batch(*(torch.empty(self._micro_batch, self._width, dtype=torch.int64) for _ in range(3)))
-        arrays = [tensor.numpy() for tensor in batch]
-        first = self._rank * self._micro_batch
-        for row, sample in enumerate(samples[first : first + self._micro_batch]):
-            if sample is None:  # the last batch of the last epoch is not full
-                for array, value in zip(arrays, (self._filler, -100, -1)):
+        shape = self._micro_batch, self._width
+        batch = Batch(*(torch.empty(shape, dtype=torch.int64, pin_memory=self._pinned) for _ in range(3)))
+        run = self._background.submit if self._gather is None else at_once
+        self._ahead = batch, run(self._next, [tensor.numpy() for tensor in batch])
+
+    def close(self) -> None:
+        """Gives up what is being downloaded. For the end of a run: the reader cannot be used any more."""
+        for source in self._sources:
+            source.folder.close()
+
+    def _next(self, arrays: list[np.ndarray]) -> list[dict] | None:
+        """Fills tokens, labels, positions; the cursors after them. None at the end."""
+        rows, windows = self._draw()
+        if not windows:
+            return None
+        self._read(rows, arrays)
+        while self._gather:
+            found = self._gather([window.unreadable for window in windows])
+            if all(other == found[0] for other in found):
+                break
+            for window, *numbers in zip(windows, *found):
+                window.give_up(set().union(*numbers))
+            self._read(rows, arrays)
+        return [source.state_dict() for source in self._sources]
+
+    def _draw(self) -> tuple[list[tuple[Window, int] | None], list[Window]]:
+        """The next rows of all ranks: window and sample of this rank's own, None for inert ones; and all windows that any is in."""
+        first, count, drawn = self._rank * self._micro_batch, self._micro_batch * self._world, 0
+        if self._rows is not None:
+            count = min(count, self._rows - self._drawn)
+        own, windows = [], []
+        while drawn < count and (sources := [source for source in self._sources if not source.exhausted]):
+            # with an end, a source may give less than it is asked for, and those that are left share the rest
+            order = self._order(sources, count - drawn if len(sources) == 1 or self._endless else 1)
+            stretches = [
+                source.take(n) for source, n in zip(sources, np.bincount(order, minlength=len(sources)).tolist())
+            ]
+            taken = sum(n for stretch in stretches for _, _, n in stretch)
+            for i in range(max(first - drawn, 0), min(first + self._micro_batch - drawn, taken)):
+                own.append(_sample(stretches[order[i]], int((order[:i] == order[i]).sum())))
+            windows += [window for stretch in stretches for window, _, _ in stretch]
+            drawn += taken
+        self._drawn += drawn
+        return own + [None] * (self._micro_batch - len(own)), list(dict.fromkeys(windows))
+
+    def _order(self, sources: list[Source], count: int) -> np.ndarray:
+        """The sources, by number, that the next samples come from: each time the one with the largest deficit; among equals
+        the first by fingerprint, so the order of the config's keys does not matter."""
+        if len(sources) == 1:
+            return np.zeros(count, np.int64)
+        total = sum(source.weight for source in sources)
+        shares, drawn = [source.weight / total for source in sources], [source.drawn for source in sources]
+        first, order = sum(drawn) + 1, []
+        for samples in range(first, first + count):
+            deficits = [share * samples - n for share, n in zip(shares, drawn)]
+            chosen = deficits.index(max(deficits))
+            drawn[chosen] += 1
+            order.append(chosen)
+        return np.array(order)
+
+    def _read(self, rows: list[tuple[Window, int] | None], arrays: list[np.ndarray]) -> None:
+        for row, place in enumerate(rows):
+            if place is None:  # the last batch is not full
+                for array, value in zip(arrays, (self.tokenizer.filler_id, -100, -1)):
                     array[row] = value
                 continue
-            window, number = sample
+            window, sample = place
             start = 0
             for part in self._columns:
                 end = start + len(part)
-                window.read(number, part.start, part.stop, *(array[row, start:end] for array in arrays))
+                window.read(sample, part.start, part.stop, *(array[row, start:end] for array in arrays))
                 start = end
-        return batch
-
-    def _draw(self):
-        alive = [source for source in self._sources if not source.exhausted]
-        if len(alive) < 2:
-            return alive[0].next() if alive else None
-        total = sum(source.weight for source in alive)
-        drawn = sum(source.drawn for source in alive) + 1
-        # the largest deficit; among equals the first by fingerprint, so the order of the config's keys does not matter
-        chosen = max(alive, key=lambda source: source.weight / total * drawn - source.drawn)
-        return chosen.next() or self._draw()  # None only where the rest of its last epoch was unreadable
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -91,31 +190,45 @@ class Reader:
     @property
     def epoch(self) -> int:
         """Epochs that the corpus furthest behind has completed."""
-        return min(source.epoch for source in self._sources)
+        return min(cursor["epoch"] for cursor in self._given)
 
     def state_dict(self) -> dict:
         """The cursor, for a checkpoint: the same on every rank, a few integers per corpus (JSON-able)."""
-        return self._identity | {"sources": [source.state_dict() for source in self._sources]}
+        return self._identity | {"sources": self._given, "absent": self._absent}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on from a cursor of any world size and micro-batch. Weights of the mixture may have changed, and corpora
-        may have joined or left: the shares then count from here. Raises ValueError for a cursor of other data."""
+        may have joined, left or come back: the shares then count from here. Raises ValueError for a cursor of other data."""
         for key, value in self._identity.items():
             if state.get(key) != value:
                 raise ValueError(f"the checkpoint's data cursor has {key}={state.get(key)}, this run has {key}={value}")
-        cursors = {cursor["manifest"]: cursor for cursor in state["sources"]}
+        cursors = {cursor["manifest"]: cursor for cursor in [*state.get("absent", []), *state["sources"]]}
         known = [source for source in self._sources if source.fingerprint in cursors]
         if not known:
             paths = ", ".join(source.folder.path for source in self._sources)
             raise ValueError(f"the checkpoint's data cursor belongs to another corpus than {paths}")
         same = {source.fingerprint: source.weight for source in self._sources} == {
-            fingerprint: cursor["weight"] for fingerprint, cursor in cursors.items()
+            cursor["manifest"]: cursor["weight"] for cursor in state["sources"]
         }
+        if self._ahead is not None:
+            wait([self._ahead[1]])
+            self._ahead = None
         for source in known:
-            source.load_state_dict(cursors[source.fingerprint])
+            source.load_state_dict(cursors.pop(source.fingerprint))
         if not same:
             for source in self._sources:
                 source.drawn = 0
+        self._absent, self._drawn = list(cursors.values()), 0
+        self._given = [source.state_dict() for source in self._sources]
+
+
+def _sample(stretches: list[tuple[Window, int, int]], number: int) -> tuple[Window, int]:
+    """Window and sample of the `number`-th of these samples."""
+    for window, first, count in stretches:
+        if number < count:
+            return window, first + number
+        number -= count
+    raise AssertionError("fewer samples than were counted")
 
 
 def build_reader(
@@ -128,6 +241,10 @@ def build_reader(
     context_rank: int = 0,
     context_size: int = 1,
     segments_per_rank: int = 1,
+    rows: int | None = None,
+    gather: Gather | None = None,
+    pinned: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Reader:
     """The reader of one data-parallel rank.
 
@@ -137,6 +254,12 @@ def build_reader(
                    with inert rows
     context_*:     context parallelism: `seq_len` is cut into context_size * segments_per_rank equal segments and this
                    rank gets columns of segments context_rank, context_rank + context_size, ... side by side
+    rows:          ends after so many rows of all ranks together, the last batch filled up with inert rows; they are the same
+                   ones for any number of ranks
+    gather:        of a run of many processes: called on each with an object, answers with the objects of all, in one order
+                   (all_gather_object); each process builds its readers and takes their batches in step with the others
+    pinned:        puts batches into pinned memory, from where they go to a GPU while it computes
+    stopped:       whether to give up waiting: `next` then raises Stopped
 
     Each `next` gives Batch tensors [train.micro_batch, seq_len / context_size]. Raises ValueError for a configuration
     or data that cannot be read, ShardError (a ValueError) naming the shard while reading.
@@ -152,6 +275,11 @@ def build_reader(
         raise ValueError(f"data.on_bad_shard is {data.on_bad_shard!r}; legal are stop, skip")
     if not data.mixture and not data.path:
         raise ValueError("data.path is not set; give the folder that `titans-data tokenize` wrote")
+    skip = data.on_bad_shard == "skip"
+    if skip and gather is None and world * context_size > 1:
+        raise ValueError(
+            "data.on_bad_shard=skip on several ranks needs `gather`: they have to agree on what is skipped"
+        )
     paths = data.mixture or {data.path: 1.0}
     if any(weight <= 0 for weight in paths.values()):
         raise ValueError(f"weights of data.mixture must be positive, got {paths}")
@@ -162,17 +290,21 @@ def build_reader(
         "reset_documents": data.reset_documents,
         "split_documents": data.split_long_documents,
     }
+    folders, pool = [Folder(path, data.cache_dir) for path in paths], Background(8)
     sources = [
         Source(
-            Folder(path, data.cache_dir),
+            folder,
+            manifest,
             split,
             weight,
             seed,
             epochs=epochs,
-            skip_bad_shards=data.on_bad_shard == "skip",
+            skip_bad_shards=skip,
             layout=layout,
+            gather=gather or alone,
+            pool=pool,
         )
-        for path, weight in paths.items()
+        for folder, manifest, weight in zip(folders, open_manifests(folders, gather or alone), paths.values())
     ]
     sources.sort(key=lambda source: source.fingerprint)
     _check_agreement(sources, config.model.vocab_size)
@@ -187,7 +319,19 @@ def build_reader(
         "tokenizer": sources[0].manifest.tokenizer.fingerprint,
     }
     columns = context_columns(data.seq_len, context_rank, context_size, segments_per_rank)
-    return Reader(sources, rank, world, config.train.micro_batch, columns, identity)
+    gather = gather if skip else None
+    return Reader(
+        sources,
+        rank,
+        world,
+        config.train.micro_batch,
+        columns,
+        identity,
+        rows=rows,
+        gather=gather,
+        pinned=pinned,
+        stopped=stopped,
+    )
 
 
 def context_columns(seq_len: int, context_rank: int, context_size: int, segments_per_rank: int) -> list[range]:

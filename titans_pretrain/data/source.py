@@ -1,9 +1,14 @@
 """One corpus as an endless, exactly resumable sequence of samples."""
 
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
+import socket
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
+from titans_pretrain.data.background import Background
 from titans_pretrain.data.manifest import MANIFEST, Manifest
 from titans_pretrain.data.packing import hash_key
 from titans_pretrain.data.storage import Folder, ShardError
@@ -12,13 +17,21 @@ from titans_pretrain.data.window import Window, windows_of_epoch
 
 log = logging.getLogger(__name__)
 
+# Called on every process of a run; the answer has the arguments of all, in the same order
+Gather = Callable[[Any], list]
 
-def open_manifest(folder: Folder) -> Manifest:
-    """Reads and checks manifest and tokenizer of a data folder. Raises ValueError."""
+
+def alone(what: Any) -> list:
+    """The Gather of one process."""
+    return [what]
+
+
+def open_manifest(folder: Folder, fresh: bool = True) -> Manifest:
+    """Reads and checks manifest and tokenizer of a data folder. fresh: not out of the cache, where one could belong to a
+    corpus that has since been replaced. Raises ValueError."""
     where = folder.describe(MANIFEST)
     try:
-        # downloaded anew each time: a cached one could belong to a corpus that has since been replaced
-        text = folder.read(MANIFEST, fresh=True).decode()
+        text = folder.read(MANIFEST, fresh=fresh)
     except ShardError as error:
         raise ValueError(f"{error}; is data.path a folder that `titans-data tokenize` has finished?") from None
     manifest = Manifest.from_json(text, where)
@@ -32,12 +45,36 @@ def open_manifest(folder: Folder) -> Manifest:
     return manifest
 
 
+def open_manifests(folders: list[Folder], gather: Gather) -> list[Manifest]:
+    """The manifests of all folders, the same on every process: one process of each machine downloads them, the others read what
+    it has put into the cache. Raises ValueError, on every process, if one of them cannot, or if they differ."""
+    me = (socket.gethostname(), uuid.uuid4().hex)
+    first = next(other for other in gather(me) if other[0] == me[0]) == me
+    manifests, failure = [], None
+    for turn in (first, not first):
+        if turn:
+            try:
+                manifests = [open_manifest(folder, fresh=first) for folder in folders]
+            except (ValueError, OSError) as error:
+                failure = str(error)
+        for told in gather(failure):
+            if told is not None:
+                raise ValueError(told)
+    for folder, seen in zip(folders, zip(*gather([manifest.fingerprint() for manifest in manifests]))):
+        if len(set(seen)) > 1:
+            raise ValueError(
+                f"{folder.path} is not the same corpus on every process; was it being replaced? Start again"
+            )
+    return manifests
+
+
 class Source:
     """Samples of one corpus, epoch after epoch; the cursor is (epoch, window, sample)."""
 
     def __init__(
         self,
         folder: Folder,
+        manifest: Manifest,
         split: str,
         weight: float,
         seed: int,
@@ -45,48 +82,52 @@ class Source:
         epochs: int | None,
         skip_bad_shards: bool,
         layout: dict,
+        gather: Gather,
+        pool: Background,
     ):
-        """layout: seq_len, multiple, reset_documents, split_documents of Window."""
-        self.folder = folder
-        self.manifest = open_manifest(folder)
+        """layout: seq_len, multiple, reset_documents, split_documents of Window. pool: opens shards."""
+        self.folder, self.manifest = folder, manifest
         self.fingerprint = self.manifest.fingerprint()
         self.weight = weight
         self.drawn = 0  # samples taken since the weights of the mixture last changed
         self.skipped: dict[str, str] = {}  # shard name -> why it was left out
         self._split, self._seed, self._epochs = split, seed, epochs
-        self._skip_bad_shards, self._layout = skip_bad_shards, layout
+        self._skip_bad_shards, self._layout, self._gather = skip_bad_shards, layout, gather
         if not self.manifest.splits.get(split):
             raise ValueError(f"{folder.path} has no {split} documents; tokenize it with a larger --validation share")
         self.epoch, self.window, self.sample = 0, 0, 0
         self._left_out: list[int] = []  # shards that the current window does without, see Window
         self._window: Window | None = None  # opened when it is needed: a resumed run never needs the first one
-        self._thread = ThreadPoolExecutor(1)
+        self._background, self._pool = Background(), pool
         self._following: Future | None = None  # the next window, packed (and downloaded) in the background
+
+    @property
+    def endless(self) -> bool:
+        return self._epochs is None
 
     @property
     def exhausted(self) -> bool:
         return self._epochs is not None and self.epoch >= self._epochs
 
-    def next(self) -> tuple[Window, int] | None:
-        """The next sample: the window it is in and its number there. None when all epochs are read."""
-        first = self.epoch
-        while not self.exhausted:
+    def take(self, count: int) -> list[tuple[Window, int, int]]:
+        """The next samples, `count` of them or all that the last epoch has left: stretches of (window, first sample, samples)."""
+        stretches, found_in = [], self.epoch
+        while count and not self.exhausted:
             window = self._open_current()
-            sample = self.sample
-            if sample < window.samples:
-                self.drawn += 1
-                self.sample += 1
+            samples = min(count, window.samples - self.sample)
+            if samples > 0:
+                stretches.append((window, self.sample, samples))
+                count, found_in = count - samples, self.epoch
+                self.drawn += samples
+                self.sample += samples
                 if self._following is None and 2 * self.sample >= window.samples:
                     self._prepare_following()
             if self.sample >= window.samples:
                 (self.epoch, self.window), self.sample = self._after(), 0
                 self._window, self._left_out = None, []
-            if sample < window.samples:
-                return window, sample
-            # every shard of that window was left out
-            if self.epoch > first + 1:
-                raise ShardError(f"{self.folder.path}: no {self._split} shard can be read")
-        return None
+                if self.epoch > found_in + 1:  # every shard of every window was left out
+                    raise ShardError(f"{self.folder.path}: no {self._split} shard can be read")
+        return stretches
 
     def state_dict(self) -> dict:
         return {
@@ -115,16 +156,25 @@ class Source:
     def _open_current(self) -> Window:
         if self._window is None:
             following, self._following = self._following, None
-            self._window = following.result() if following else self._open(self.epoch, self.window, self._left_out)
-            self._left_out = self._window.left_out
+            place = self.epoch, self.window
+            window = following.result() if following else self._open(*place, self._left_out, self.sample > 0)
+            # Who leaves out what another process lays out would read other rows: nobody reads what one cannot.
+            while self._skip_bad_shards and len(found := {tuple(other) for other in self._gather(window.left_out)}) > 1:
+                window = self._open(*place, sorted(set().union(*found)), self.sample > 0)
+            if self.sample and window.left_out != self._left_out:
+                log.warning(
+                    "%s: the window is laid out anew without a shard's index; some of its rows come twice or not at all",
+                    self.folder.path,
+                )
+            self._window, self._left_out = window, window.left_out
         return self._window
 
     def _prepare_following(self) -> None:
         epoch, window = self._after()
         if self._epochs is None or epoch < self._epochs:
-            self._following = self._thread.submit(self._open, epoch, window, [])
+            self._following = self._background.submit(self._open, epoch, window, [], False)
 
-    def _open(self, epoch: int, window: int, left_out: list[int]) -> Window:
+    def _open(self, epoch: int, window: int, left_out: list[int], begun: bool) -> Window:
         shards, key = self._windows(epoch)[window], hash_key(self._seed, epoch, window + 1)
         return Window(
             self.folder,
@@ -134,6 +184,8 @@ class Source:
             key,
             on_error=self._shard_failed,
             left_out=left_out,
+            begun=begun,
+            pool=self._pool,
             **self._layout,
         )
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from titans_pretrain.data.shards import load_index, open_tar
 from titans_pretrain.data.source import open_manifest
-from titans_pretrain.data.storage import Folder, load_index, open_tar
+from titans_pretrain.data.storage import Folder
 
 
 def unigram_counts(data_dir: str, split: str = "train", cache_dir: str | None = None) -> np.ndarray:

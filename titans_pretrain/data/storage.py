@@ -7,22 +7,33 @@
 Every read is tried `ATTEMPTS` times with growing pauses; after that a `ShardError` names the file.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
 import random
+import shlex
+import signal
 import subprocess
+import threading
 import time
-from contextlib import contextmanager
+import weakref
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import numpy as np
-
-from titans_pretrain.data.manifest import ShardEntry
 
 ATTEMPTS = 5
 FIRST_PAUSE = 0.5  # seconds; doubled after each failure
-INDEX_HEADER = 128  # bytes before the rows of an .idx.npy (NumPy format 1.0)
+STALE = 3600.0  # seconds without a byte after which nobody writes a partial file any more
+# What this process or machine lacks: no shard is bad because of it, and none may be skipped for it
+_OURS = {
+    errno.EMFILE: "raise `ulimit -n`",
+    errno.ENFILE: "raise the system's fs.file-max",
+    errno.ENOMEM: "free some memory",
+    errno.ENOSPC: "make room in data.cache_dir",
+    errno.EDQUOT: "make room in data.cache_dir",
+    errno.EROFS: "choose a data.cache_dir that can be written",
+}
 
 
 class ShardError(ValueError):
@@ -30,7 +41,7 @@ class ShardError(ValueError):
 
 
 def with_retries(action, what: str, attempts: int | None = None):
-    """Calls `action` until it stops raising OSError; then raises ShardError(`what`)."""
+    """Calls `action` until it stops raising OSError; then raises ShardError(`what`), or ValueError where this machine is at fault."""
     attempts = attempts or ATTEMPTS
     for attempt in range(attempts):
         try:
@@ -39,6 +50,8 @@ def with_retries(action, what: str, attempts: int | None = None):
             raise ShardError(f"{what}: no such file") from error  # waiting does not bring it back
         except OSError as error:
             if attempt + 1 == attempts:
+                if error.errno in _OURS:
+                    raise ValueError(f"{what}: {error.strerror}; {_OURS[error.errno]}") from error
                 raise ShardError(f"{what}: unreadable after {attempts} attempts ({error})") from error
             # jitter, or a thousand ranks come back to the same server at the same moment
             time.sleep(FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1.0))
@@ -57,6 +70,15 @@ class Folder:
             raise ValueError(f"data path {path!r} is not on this machine: set data.cache_dir to a local folder")
         if self.is_remote:
             self._cache = Path(cache_dir).expanduser() / hashlib.sha256(self.path.encode()).hexdigest()[:16]
+        self._closed = threading.Event()
+        self._partial: set[Path] = set()
+        self._commands: set[subprocess.Popen] = set()
+        # at the process' end at the latest: its threads just stop there
+        self._give_up = weakref.finalize(self, _give_up, self._closed, self._partial, self._commands)
+
+    def close(self) -> None:
+        """Gives up, and removes, what other threads are downloading. No file can be downloaded any more."""
+        self._give_up()
 
     def describe(self, name: str) -> str:
         return self.path.replace("{}", name) if self.is_command else f"{self.path}/{name}"
@@ -83,11 +105,17 @@ class Folder:
         return with_retries(path.read_bytes, self.describe(name))
 
     def _download(self, name: str, target: Path, size: int | None, sha256: str | None) -> None:
-        partial = target.with_name(f"{target.name}.{os.getpid()}.part")
+        for left in target.parent.glob(f"{target.name}.*.part"):  # of a process that was killed
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink(missing_ok=True)
+        partial = target.with_name(f"{target.name}.{os.uname().nodename}-{os.getpid()}.part")
+        self._partial.add(partial)
         digest, count = hashlib.sha256(), 0
         try:
             with self._open(name) as source, open(partial, "wb") as out:
                 while block := source.read(1 << 22):
+                    if self._closed.is_set():
+                        raise CancelledError
                     out.write(block)
                     digest.update(block)
                     count += len(block)
@@ -98,9 +126,12 @@ class Folder:
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
+            self._partial.discard(partial)
 
     @contextmanager
     def _open(self, name: str):
+        if self._closed.is_set():
+            raise CancelledError
         if not self.is_command:
             import fsspec
 
@@ -110,11 +141,36 @@ class Folder:
             except (ImportError, ValueError) as error:  # no driver for this protocol
                 raise ValueError(f"data path {self.path!r}: {error}") from None
             return
-        command = self.describe(name).removeprefix("pipe:")
-        with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
-            yield process.stdout
+        command = self.describe(shlex.quote(name)).removeprefix("pipe:")
+        # a session of its own, so that all that the command started can be ended with it
+        process = subprocess.Popen(
+            command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+        )
+        self._commands.add(process)
+        try:
+            with process:
+                try:
+                    yield process.stdout
+                except BaseException:
+                    _kill(process)
+                    raise
+        finally:
+            self._commands.discard(process)
         if process.returncode:
             raise OSError(f"the command ended with exit status {process.returncode}")
+
+
+def _give_up(closed: threading.Event, partial: set[Path], commands: set[subprocess.Popen]) -> None:
+    closed.set()
+    for process in list(commands):
+        _kill(process)
+    for path in list(partial):
+        path.unlink(missing_ok=True)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager
@@ -123,56 +179,3 @@ def lock_file(path: Path):
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-class TarFile:
-    """Random reads from one open tar.
-
-    pread and not a memory map: a disk error or a file cut short under a map kills the process with SIGBUS, here it is
-    an OSError with the file's name; from the page cache both cost about a microsecond per document.
-    """
-
-    def __init__(self, path: Path, name: str, size: int):
-        self._name = name
-        self._fd = with_retries(lambda: os.open(path, os.O_RDONLY), name)
-        actual = os.fstat(self._fd).st_size
-        if actual != size:
-            raise ShardError(f"{name} has {actual} bytes, the manifest says {size}; run `titans-data verify`")
-
-    def __del__(self):
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills the bytes of `buffer` from `offset` on. Raises ShardError."""
-        # the common case first, without a closure: this runs once per document
-        try:
-            if os.preadv(self._fd, [buffer], offset) == len(buffer):
-                return
-        except OSError:
-            pass
-        with_retries(lambda: self._read_all(buffer, offset), self._name)
-
-    def _read_all(self, buffer: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(buffer):  # one call returns at most 2 GiB
-            count = os.preadv(self._fd, [buffer[done:]], offset + done)
-            if count == 0:
-                raise OSError(f"ends at byte {offset + done}, inside a document")
-            done += count
-
-
-def open_tar(folder: Folder, shard: ShardEntry) -> TarFile:
-    path = folder.local(shard.name, shard.bytes, shard.sha256, tag=shard.sha256)
-    return TarFile(path, folder.describe(shard.name), shard.bytes)
-
-
-def load_index(folder: Folder, shard: ShardEntry) -> np.ndarray:
-    """The (offset, size) table of a shard, int64 [documents, 2]. Raises ShardError."""
-    name, documents = shard.index_name, shard.documents
-    size = INDEX_HEADER + 16 * documents
-    content = with_retries(folder.local(name, size, tag=shard.sha256).read_bytes, folder.describe(name))
-    # Not np.load: it parses the header with `ast`, which is not thread-safe in Python 3.11.
-    if len(content) != size or not content.startswith(b"\x93NUMPY") or b"'<i8'" not in content[:INDEX_HEADER]:
-        raise ShardError(f"{folder.describe(name)} is no int64 table of {documents} documents, as the manifest says")
-    return np.frombuffer(content, "<i8", offset=INDEX_HEADER).reshape(documents, 2)

@@ -16,12 +16,27 @@ NUCLEOTIDES = "ACGTN"  # the ids 0 to 4 of that kind
 
 @dataclass(frozen=True)
 class TokenizerEntry:
+    """Raises ValueError for what cannot be a tokenizer."""
+
     kind: str  # a key of DEFINITION
     vocab_size: int
     eos_id: int
     bos_id: int | None = None
     pad_id: int | None = None
     fingerprint: str = ""  # sha256 of the kind, the ids above and the definition
+
+    def __post_init__(self):
+        if not (isinstance(self.kind, str) and self.kind in DEFINITION and isinstance(self.fingerprint, str)):
+            raise ValueError(f"a tokenizer's kind is one of {', '.join(DEFINITION)}, not {self.kind!r}")
+        if not (type(self.vocab_size) is int and 0 < self.vocab_size <= 1 << 31):
+            raise ValueError(f"vocab_size is {self.vocab_size!r}")
+        for name in ("eos_id", "bos_id", "pad_id"):
+            value = getattr(self, name)
+            if not ((type(value) is int and 0 <= value < self.vocab_size) or (value is None and name != "eos_id")):
+                raise ValueError(f"{name} is {value!r}, of {self.vocab_size} ids")
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.vocab_size:,} ids ({self.fingerprint[:12]})"
 
     @property
     def filler_id(self) -> int:
@@ -41,7 +56,13 @@ def read_tokenizer_entry(folder: Path) -> TokenizerEntry:
         entry = TokenizerEntry(**json.loads((folder / ENTRY).read_text()))
         definition = DEFINITION[entry.kind]
         return entry.with_fingerprint((folder / definition).read_bytes() if definition else b"")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{folder} is not a tokenizer folder ({error}); make one with `titans-data tokenizer`"
+            f"{folder} is not a tokenizer folder ({quoted(error)}); make one with `titans-data tokenizer`"
         ) from None
+
+
+def quoted(error: Exception) -> str:
+    """An error about a file from anywhere, which may quote any of it, as a short piece of one line."""
+    text = repr(error)
+    return text if len(text) < 300 else text[:300] + "..."

@@ -6,14 +6,15 @@ do not follow each other). So only a window's document lengths are ever in memor
 machine, and the start of a run with 10,000 shards costs the reading of a few tables.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from titans_pretrain.data.background import Background
 from titans_pretrain.data.manifest import Manifest, ShardEntry
 from titans_pretrain.data.packing import hash_key, lay_out, permutation
-from titans_pretrain.data.storage import Folder, ShardError, load_index, open_tar
+from titans_pretrain.data.shards import load_index, open_tar
+from titans_pretrain.data.storage import Folder, ShardError
 
 # Part of the order: changing one changes ORDER_VERSION in reader.py
 WINDOW_TOKENS = 1 << 30
@@ -36,8 +37,11 @@ class Window:
     """Samples made of the documents of some shards.
 
     samples:   how many
-    left_out:  numbers of the shards whose index cannot be read, so that they have no place in the layout
+    left_out:  numbers of the shards that cannot be read, so that they have no place in the layout; given: those that must not
+    begun:     whether samples were taken before (by an earlier process): a shard whose tar cannot be read then keeps its place,
+               as padding, because nothing may move any more
     on_error:  called with a shard's number and its ShardError; it raises, or returns to go on without the shard
+    pool:      opens the shards
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class Window:
         split_documents: bool,
         on_error: Callable[[int, ShardError], None],
         left_out: list[int],
+        begun: bool,
+        pool: Background,
     ):
         self.seq_len = seq_len
         self._on_error = on_error
@@ -66,24 +72,20 @@ class Window:
         entries = manifest.splits[split]
 
         def open_shard(number: int):
-            """The shard's index and its open tar. An unreadable tar leaves the layout as it is."""
-            entry = entries[number]
-            if number in left_out:
-                on_error(number, ShardError(f"{folder.describe(entry.name)}: left out when this window began"))
-                return None, None
+            """The shard's index and its tar; without a tar its documents are padding, without an index it has none."""
+            entry, table = entries[number], None
             try:
+                if number in left_out:
+                    raise ShardError(
+                        f"{folder.describe(entry.name)}: left out of this window, here or on another process"
+                    )
                 table = load_index(folder, entry)
-            except ShardError as error:
-                on_error(number, error)
-                return None, None
-            try:
                 return table, open_tar(folder, entry)
             except ShardError as error:
                 on_error(number, error)
-                return table, None
+                return (table if begun else None), None
 
-        with ThreadPoolExecutor(8) as pool:  # opening waits for disks and downloads, not for this CPU
-            opened = list(pool.map(open_shard, shards))
+        opened = pool.map(open_shard, shards)  # waits for disks and downloads, not for this CPU
         self.left_out = [number for number, (table, _) in zip(shards, opened) if table is None]
         self._numbers = shards
         self._files = [file for _, file in opened]
@@ -146,6 +148,16 @@ class Window:
         for a, b in unreadable:
             positions[a:b] = -1
             labels[max(a - 1, 0) : b] = -100
+
+    @property
+    def unreadable(self) -> list[int]:
+        """Numbers of the shards that have a place in the layout and are padding now."""
+        return [n for n, file in zip(self._numbers, self._files) if file is None and n not in self.left_out]
+
+    def give_up(self, numbers: Iterable[int]) -> None:
+        """Makes padding of these shards."""
+        for number in numbers:
+            self._files[self._numbers.index(number)] = None
 
     def _read(self, number: int, buffer: memoryview, offset: int) -> bool:
         """False where the shard is unreadable and may be skipped: its documents become padding, nothing else moves."""

@@ -1,5 +1,6 @@
 """The training loop: steps, validation, checkpoints, and when to stop."""
 
+import contextlib
 import math
 import resource
 import sys
@@ -11,12 +12,15 @@ import torch
 
 from titans_pretrain.checkpoint import checkpoint_name, load_checkpoint, save_checkpoint
 from titans_pretrain.config import Config
+from titans_pretrain.data import Stopped
 from titans_pretrain.training.engine import Engine
 from titans_pretrain.training.loggers import Logger
 from titans_pretrain.training.optimizer import learning_rate
 from titans_pretrain.training.progress import Progress
 from titans_pretrain.training.signals import StopRequest
 from titans_pretrain.training.validation import Validator
+
+EMPTY_DRAWS = 1000  # steps whose rows hold no target, one after the other, before a run stops
 
 
 class Trainer:
@@ -32,6 +36,7 @@ class Trainer:
         self.step = 0  # finished optimizer steps
         self.tokens = 0  # targets trained on in them
         self.validated = 0  # the last step that was validated
+        self.cursor = reader.state_dict()  # of the data after them
         self.saved: Path | None = None  # the newest checkpoint
 
     def resume(self, checkpoint: Path) -> None:
@@ -39,6 +44,7 @@ class Trainer:
         engine = self.engine
         trainer = load_checkpoint(checkpoint, engine.model, engine.optimizer, engine.tensor_group)
         self.reader.load_state_dict(trainer["reader"])
+        self.cursor = self.reader.state_dict()
         self.step, self.tokens, self.validated = trainer["step"], trainer["tokens"], trainer["validated"]
         self.saved = checkpoint
 
@@ -56,23 +62,22 @@ class Trainer:
                 break
             before = self.tokens
             values = self.train_step()
+            if values is None:
+                continue  # a stop request came before the rows did
             if progress is not None:
                 progress.update(self.step, self.tokens - before, values)
             _log(loggers, values)
         self.save(run_dir, loggers)
         return self.step >= train.steps and not self._validation_is_due()
 
-    def train_step(self) -> dict:
-        """One optimizer step over `global_batch` rows. Returns the numbers to log."""
+    def train_step(self) -> dict | None:
+        """One optimizer step over `global_batch` rows. Returns the numbers to log; None, with nothing done, where a stop request
+        came while some process waited for its rows."""
         train, start = self.config.train, time.perf_counter()
-        batches = [next(self.reader) for _ in range(self.engine.micro_batches)]
-        # The loss is a sum over the targets of the whole step, divided by their number: rows with more padding do not
-        # weigh more, and the split into micro-batches does not matter.
-        targets = self.engine.count(batches)
-        if not targets:
-            raise ValueError(
-                f"step {self.step + 1}: the batch holds no target; is data.seq_len={self.config.data.seq_len} too small?"
-            )
+        drawn = self._draw()
+        if drawn is None:
+            return None
+        batches, targets, waited = drawn
         loss = self.engine.forward_backward(batches, targets)
         if not math.isfinite(loss):
             raise ValueError(self._not_finite(loss, math.nan))
@@ -82,6 +87,7 @@ class Trainer:
             raise ValueError(self._not_finite(loss, grad_norm))
         self.step += 1
         self.tokens += targets
+        self.cursor = self.reader.state_dict()
         return {
             "step": self.step,
             "loss": loss,
@@ -89,8 +95,29 @@ class Trainer:
             "tokens_per_second": round(targets / (time.perf_counter() - start), 1),
             "lr": rate,
             "grad_norm": grad_norm,
+            "data_wait": round(waited, 4),
             "peak_memory_mib": round(peak_memory_mib(self.device), 1),
         }
+
+    def _draw(self) -> tuple[list, int, float] | None:
+        """Batches of one step, their targets, and seconds spent waiting for them; None if a process stops.
+
+        The loss is a sum over the targets of the whole step, divided by their number: rows with more padding do not weigh
+        more, and the split into micro-batches does not matter."""
+        waited = 0.0
+        for _ in range(EMPTY_DRAWS):  # rows of padding alone come from shards that are skipped: others follow
+            start = time.perf_counter()
+            batches = []
+            with contextlib.suppress(Stopped):
+                batches += [next(self.reader) for _ in range(self.engine.micro_batches)]
+            waited += time.perf_counter() - start
+            if self.engine.any(not batches):
+                return None
+            if targets := self.engine.count(batches):
+                return batches, targets, waited
+        skipped = ", ".join(getattr(self.reader, "skipped", {}))
+        cause = f"cannot be read: {skipped}" if skipped else f"is data.seq_len={self.config.data.seq_len} too small?"
+        raise ValueError(f"step {self.step + 1}: the batch holds no target, nor do {EMPTY_DRAWS} in a row; {cause}")
 
     def _validation_is_due(self) -> bool:
         train = self.config.train
@@ -112,7 +139,7 @@ class Trainer:
         for logger in loggers:
             logger.flush()
         numbers = {"step": self.step, "tokens": self.tokens, "validated": self.validated}
-        numbers["reader"] = self.reader.state_dict()
+        numbers["reader"] = self.cursor
         engine = self.engine
         self.saved = save_checkpoint(run_dir, self.config, engine.model, engine.optimizer, numbers, engine.tensor_group)
 

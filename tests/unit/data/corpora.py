@@ -1,6 +1,8 @@
 """Small corpora with known tokens, and configurations to read them."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,3 +48,30 @@ def edit_manifest(folder: Path, change) -> None:
     document = json.loads((folder / MANIFEST).read_text())
     change(document)
     (folder / MANIFEST).write_text(json.dumps(document))
+
+
+def together(world: int, work) -> list:
+    """work(rank, gather) on `world` threads that stand for processes; gather as all_gather_object. The answers by rank; an exception
+    on one is raised here."""
+    barrier, slots = threading.Barrier(world, timeout=30), [None] * world
+
+    def run(rank: int):
+        def gather(what) -> list:
+            slots[rank] = what
+            barrier.wait()
+            found = list(slots)
+            barrier.wait()
+            return found
+
+        try:
+            return work(rank, gather)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(world) as pool:
+        futures = [pool.submit(run, rank) for rank in range(world)]
+    errors = [error for future in futures if (error := future.exception())]
+    if errors:
+        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+    return [future.result() for future in futures]

@@ -115,6 +115,61 @@ def test_weights_may_change_on_resume(folders):
     assert [row for row in rows + more if row in members] == samples_of(make_config(a), 1, 20)[0]
 
 
+def test_a_corpus_that_leaves_and_comes_back_goes_on_where_it_was(folders):
+    a, b, c = (str(folders / name) for name in "abc")
+    rows, state = samples_of(make_config(mixture={a: 1.0, b: 1.0}), 1, 20)
+    for mixture in ({b: 1.0}, {b: 2.0, c: 1.0}):
+        more, state = samples_of(make_config(mixture=mixture), 2, 10, json.loads(json.dumps(state)))
+        rows += more
+    more, state = samples_of(make_config(mixture={a: 1.0, b: 1.0, c: 2.0}), 1, 40, state)
+    rows += more
+    assert sorted(source["drawn"] for source in state["sources"]) == [10, 10, 20] and state["absent"] == []
+    for path in (a, b, c):
+        alone = samples_of(make_config(path), 1, 80)[0]
+        found = [row for row in rows if row in alone]
+        assert found == alone[: len(found)] and len(found) >= 16
+
+
+def test_cursors_of_releases_that_kept_no_absent_corpora(folders):
+    rows, state = samples_of(make_config(folders / "a"), 1, 9)
+    del state["absent"]
+    more, _ = samples_of(make_config(folders / "a"), 1, 9, state)
+    assert rows + more == samples_of(make_config(folders / "a"), 1, 18)[0]
+
+
+def test_a_cursor_counts_what_was_given_and_not_what_was_read_ahead(folders):
+    reader = build_reader(make_config(folders / "a", micro_batch=2))
+    for step in range(5):
+        next(reader)
+        reader._ahead[1].result()
+        (source,) = reader.state_dict()["sources"]
+        assert source["drawn"] == 2 * (step + 1)
+    reader.load_state_dict(reader.state_dict())  # drops the batch that was read ahead
+    one = next(reader)
+    again = build_reader(make_config(folders / "a", micro_batch=2))
+    assert [b.tokens.tolist() for b in (next(again) for _ in range(6))][5] == one.tokens.tolist()
+
+
+@pytest.mark.parametrize("limit", [1, 7, 12])
+def test_a_number_of_rows_is_the_same_rows_for_any_number_of_ranks(folders, limit):
+    """As validation reads them: also twice, and in a mixture that ends before."""
+    config = make_config(mixture={str(folders / "a"): 1.0, str(folders / "b"): 2.0}, micro_batch=2)
+    expected = samples_of(config, 1, 6)[0][:limit]
+    for world in (1, 2, 3, 5):
+        readers = [build_reader(config, rank=rank, world=world, epochs=1, rows=limit) for rank in range(world)]
+        start = readers[0].state_dict()
+        for _ in range(2):
+            rows = []
+            for batches in zip(*readers, strict=True):
+                for batch in batches:
+                    rows += [tuple(tuple(tensor[i].tolist()) for tensor in batch) for i in range(2)]
+            assert len(rows) == -(-limit // (2 * world)) * 2 * world
+            assert rows[:limit] == expected
+            assert all(set(positions) == {-1} and set(labels) == {-100} for _, labels, positions in rows[limit:])
+            for reader in readers:
+                reader.load_state_dict(start)
+
+
 def test_epochs_of_a_mixture_end_with_its_last_corpus(folders):
     a, b = folders / "a", folders / "b"
     reader = build_reader(make_config(mixture={str(a): 1.0, str(b): 9.0}), epochs=1)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from titans_pretrain.checkpoint import latest_checkpoint
+from titans_pretrain.data import Stopped
 from titans_pretrain.training.loggers import JsonlLogger, read_metrics
 from titans_pretrain.training.progress import Progress, format_seconds
 from titans_pretrain.training.signals import StopRequest
@@ -99,7 +100,10 @@ def test_resuming_gives_the_same_weights_and_metrics_bit_for_bit(make_trainer, t
 
     def comparable(folder):
         lines = read_metrics(tmp_path / folder / "metrics.jsonl")
-        return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "peak_memory_mib")} for line in lines]
+        return [
+            {k: v for k, v in line.items() if k not in ("tokens_per_second", "data_wait", "peak_memory_mib")}
+            for line in lines
+        ]
 
     assert comparable("straight") == comparable("resumed")
     assert [line["step"] for line in comparable("resumed")] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
@@ -154,6 +158,38 @@ def test_a_batch_without_targets_is_refused(make_trainer):
     trainer.reader._draw = lambda row: (torch.zeros(16, dtype=torch.int64), torch.full((16,), -100))
     with pytest.raises(ValueError, match="step 1: the batch holds no target"):
         trainer.train_step()
+
+
+def test_rows_without_targets_are_passed_over(make_trainer):
+    """As where shards are skipped: the next step's rows are drawn, and the cursor goes past them."""
+    trainer, twin = make_trainer(), make_trainer()
+    draw = trainer.reader._draw
+    nothing = torch.zeros(16, dtype=torch.int64), torch.full((16,), -100)
+    trainer.reader._draw = lambda row: nothing if row < 8 else draw(row)
+    twin.reader.row = 8
+    assert trainer.train_step()["loss"] == twin.train_step()["loss"]
+    assert trainer.cursor == {"row": 12}
+
+
+def test_a_stop_while_rows_are_waited_for_saves_the_steps_before_it(make_trainer, tmp_path):
+    """The step is given up; its rows come again."""
+    straight = run(make_trainer(steps=6), tmp_path / "straight")
+    trainer = make_trainer(steps=6, checkpoint_every=0)
+    draw = trainer.reader._draw
+
+    def waiting(row):
+        if row == 13:  # the second micro-batch of the fourth step
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise Stopped
+        return draw(row)
+
+    trainer.reader._draw = waiting
+    with StopRequest() as stop:
+        run(trainer, tmp_path / "run", stop)
+    assert trainer.step == 3
+    resumed = make_trainer(steps=6)
+    resumed.resume(latest_checkpoint(tmp_path / "run"))
+    assert_same(weights(straight), weights(run(resumed, tmp_path / "run")))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -227,7 +263,7 @@ def test_only_the_newest_checkpoints_stay(make_trainer, tmp_path):
 def test_every_line_of_the_metrics_is_whole(make_trainer, tmp_path):
     run(make_trainer(steps=3, validate=True, eval_every=3), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    names = {"step", "loss", "tokens", "tokens_per_second", "lr", "grad_norm", "peak_memory_mib"}
+    names = {"step", "loss", "tokens", "tokens_per_second", "lr", "grad_norm", "data_wait", "peak_memory_mib"}
     assert [set(line) for line in lines[:3]] == [names] * 3
     assert set(lines[3]) == {"step", "tokens", "validation_loss", "validation_perplexity", "validation_tokens"}
 
