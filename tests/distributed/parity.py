@@ -250,4 +250,5 @@ def _step(engine, config, step: int, place: tuple) -> float:
 def _save(engine, config, step: int, run_dir) -> None:
     from titans_pretrain.checkpoint import save_checkpoint
 
-    save_checkpoint(run_dir, config, engine.model, engine.optimizer, {"step": step}, engine.tensor_group)
+    numbers = {"step": step, "tokens": 0, "validated": 0, "reader": {}}
+    save_checkpoint(run_dir, config, engine.model, engine.optimizer, numbers, engine.tensor_group)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from parity import CALM, case, resume_each, run_and_save
 
 from titans_pretrain.checkpoint import checkpoint_name, load_model, read_tensors
+from titans_pretrain.checkpoint.metadata import Reader
 
 LAYOUTS = {
     "one": (1, {}),
@@ -109,7 +109,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
 )
 def test_ranks_share_the_writing_and_write_nothing_twice(run, layout):
     world, weights = LAYOUTS[layout][0], run(layout) / "weights"
-    pieces = dcp.FileSystemReader(weights).read_metadata().storage_data.values()
+    pieces = Reader(weights).read_metadata().storage_data.values()
     written = Counter()
     for piece in pieces:
         written[piece.relative_path] += piece.length
@@ -147,31 +147,33 @@ def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(ranks, run, tmp
 
 def test_what_one_rank_cannot_read_is_told_on_every_rank(ranks, run, tmp_path):
     damaged = shutil.copytree(run("pp2"), tmp_path / "damaged")
-    pieces = dcp.FileSystemReader(damaged / "weights").read_metadata().storage_data
+    pieces = Reader(damaged / "weights").read_metadata().storage_data
     piece = next(p for index, p in pieces.items() if index.fqn == "exp_avg.layers.1.mlp.down_proj.weight")
     with open(damaged / "weights" / piece.relative_path, "r+b") as file:
         file.seek(piece.offset)
         file.write(bytes(piece.length))
     for message in ranks(2).run(refusal, [values("pp2")] * 2, damaged, tmp_path):
-        assert re.search("cannot read .*damaged: .*go on from an earlier one", message), message
+        assert re.search(
+            f"weights/{piece.relative_path} is damaged: its checksum is not the one in SHA256SUMS", message
+        ), message
 
 
 def fail_on_one_rank(settings: dict, run_dir: Path) -> str:
     from titans_pretrain.checkpoint import state
 
-    class Full(state.dcp.FileSystemWriter):
+    class Full(state.Writer):
         def write_data(self, *args):
             raise OSError(28, "No space left on device")
 
-    writer = state.dcp.FileSystemWriter
+    writer = state.Writer
     if dist.get_rank() == 1:
-        state.dcp.FileSystemWriter = Full
+        state.Writer = Full
     try:
         run_and_save(settings, 1, run_dir)
     except OSError as e:
         return str(e)
     finally:
-        state.dcp.FileSystemWriter = writer
+        state.Writer = writer
     return ""
 
 

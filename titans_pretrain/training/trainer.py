@@ -1,5 +1,6 @@
 """The training loop: steps, validation, checkpoints, and when to stop."""
 
+import logging
 import math
 import resource
 import sys
@@ -9,7 +10,13 @@ from pathlib import Path
 
 import torch
 
-from titans_pretrain.checkpoint import checkpoint_name, load_checkpoint, save_checkpoint
+from titans_pretrain.checkpoint import (
+    DamagedCheckpoint,
+    checkpoint_name,
+    load_checkpoint,
+    load_initial,
+    save_checkpoint,
+)
 from titans_pretrain.config import Config
 from titans_pretrain.training.engine import Engine
 from titans_pretrain.training.loggers import Logger
@@ -17,6 +24,8 @@ from titans_pretrain.training.optimizer import learning_rate
 from titans_pretrain.training.progress import Progress
 from titans_pretrain.training.signals import StopRequest
 from titans_pretrain.training.validation import Validator
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -34,13 +43,30 @@ class Trainer:
         self.validated = 0  # the last step that was validated
         self.saved: Path | None = None  # the newest checkpoint
 
-    def resume(self, checkpoint: Path) -> None:
-        """Goes on from a checkpoint of this model and data."""
+    def resume(self, checkpoint: Path, data: bool = True) -> None:
+        """Goes on from a checkpoint of this model, whose files have been checked. data: where it stopped reading; else this data
+        from the start."""
         engine = self.engine
-        trainer = load_checkpoint(checkpoint, engine.model, engine.optimizer, engine.tensor_group)
-        self.reader.load_state_dict(trainer["reader"])
+        trainer = load_checkpoint(checkpoint, engine.model, engine.optimizer, engine.tensor_group, checked=True)
+        if data:
+            try:
+                self.reader.load_state_dict(trainer["reader"])
+            except (KeyError, TypeError, AttributeError) as e:
+                raise DamagedCheckpoint(
+                    f"{checkpoint / 'trainer.json'} is damaged: its data cursor is none ({e!r})"
+                ) from e
+            except ValueError as e:
+                raise ValueError(
+                    f"{e}; for a second stage on other data give a new run.dir and train.init_from={checkpoint} (the weights), "
+                    f"or train.resume={checkpoint} train.resume_data=false (the optimizer and the step too)"
+                ) from e
         self.step, self.tokens, self.validated = trainer["step"], trainer["tokens"], trainer["validated"]
         self.saved = checkpoint
+
+    def start_from(self, checkpoint: Path) -> None:
+        """Starts with the weights of a checkpoint, whose files have been checked, and with nothing else of it."""
+        engine = self.engine
+        load_initial(checkpoint, engine.model, engine.optimizer, engine.tensor_group, checked=True)
 
     def run(self, run_dir: Path, loggers: Sequence[Logger], progress: Progress | None, stop: StopRequest) -> bool:
         """Trains up to `train.steps` or a stop request, then saves; whether all is done. Raises ValueError on a loss that
@@ -110,7 +136,10 @@ class Trainer:
         if self.step == 0 or (self.saved and self.saved.name == checkpoint_name(self.step)):
             return
         for logger in loggers:
-            logger.flush()
+            try:
+                logger.flush()
+            except OSError as e:  # lines that may not survive a power cut are no reason to go without a checkpoint
+                log.warning("cannot flush the metrics: %s", e)
         numbers = {"step": self.step, "tokens": self.tokens, "validated": self.validated}
         numbers["reader"] = self.reader.state_dict()
         engine = self.engine
