@@ -24,7 +24,9 @@ def quick(monkeypatch):
 def locked_by(run_dir, **owner):
     """A lock as another process leaves it."""
     run_dir.mkdir(exist_ok=True)
-    (run_dir / "lock").write_text(json.dumps({"host": "node7", "pid": 4321, "process": ["boot", "pid:[1]", "99"]} | owner))
+    (run_dir / "lock").write_text(
+        json.dumps({"host": "node7", "pid": 4321, "process": ["boot", "pid:[1]", "99"]} | owner)
+    )
 
 
 def test_a_second_run_is_refused_with_host_and_pid(tmp_path):
