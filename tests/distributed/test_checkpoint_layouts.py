@@ -1,6 +1,7 @@
 """A checkpoint written under any layout goes on under any other: the same tensors to the bit, and the same training."""
 
 import functools
+import os
 import re
 import shutil
 from collections import Counter
@@ -11,8 +12,10 @@ import torch
 import torch.distributed as dist
 from parity import CALM, case, resume_each, run_and_save
 
-from titans_pretrain.checkpoint import checkpoint_name, load_model, read_tensors
+from titans_pretrain.checkpoint import check_checkpoint, checkpoint_name, checksums, load_model, read_tensors
 from titans_pretrain.checkpoint.metadata import Reader
+from titans_pretrain.commands.train import _owning
+from titans_pretrain.training.run_lock import RunLock
 
 LAYOUTS = {
     "one": (1, {}),
@@ -156,6 +159,46 @@ def test_what_one_rank_cannot_read_is_told_on_every_rank(ranks, run, tmp_path):
         assert re.search(
             f"weights/{piece.relative_path} is damaged: its checksum is not the one in SHA256SUMS", message
         ), message
+
+
+def hashed_by_each(checkpoint: Path) -> tuple[int, list[str]]:
+    """On every rank: how many files check_checkpoint says, and those that this rank read for it."""
+    read, hash_files = [], checksums.hash_files
+
+    def watched(folder, files):
+        found = hash_files(folder, files)
+        read.extend(found)
+        return found
+
+    checksums.hash_files = watched
+    try:
+        return check_checkpoint(checkpoint), read
+    finally:
+        checksums.hash_files = hash_files
+
+
+def test_ranks_share_the_checking_and_hash_nothing_twice(ranks, run):
+    answers = ranks(2).run(hashed_by_each, run("tp2"))
+    read = [name for _, names in answers for name in names]
+    files = {str(p.relative_to(run("tp2"))) for p in run("tp2").rglob("*") if p.is_file()} - {"SHA256SUMS"}
+    assert sorted(read) == sorted(files) and {count for count, _ in answers} == {len(files)}
+    assert all(names for _, names in answers)
+
+
+def lock_refusal(run_dir: Path) -> str:
+    try:
+        with _owning(run_dir):
+            return ""
+    except ValueError as e:
+        return str(e)
+
+
+def test_the_first_rank_locks_the_run_folder_for_all(ranks, tmp_path):
+    with RunLock(tmp_path):
+        messages = ranks(2).run(lock_refusal, tmp_path)
+    assert [f"process {os.getpid()} on " in message for message in messages] == [True, True]
+    assert ranks(2).run(lock_refusal, tmp_path) == ["", ""]
+    assert list(tmp_path.iterdir()) == []
 
 
 def fail_on_one_rank(settings: dict, run_dir: Path) -> str:

@@ -149,7 +149,7 @@ def clear_leftovers(folder: Path) -> None:
     for aside in folder.glob(f"{_ASIDE}*"):
         _restore(folder / aside.name.removeprefix(_ASIDE))
     for path in folder.glob(".writing-*"):
-        _remove_tree(path) if path.is_dir() else path.unlink()
+        _remove_tree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 _DOOMED, _ASIDE = ".writing-removed-", ".replaced-"
