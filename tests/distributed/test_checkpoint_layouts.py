@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from parity import CALM, case, resume_each, run_and_save
+from parity import CALM, case, resume_each, run_and_save, start_and_save
 
 from titans_pretrain.checkpoint import check_checkpoint, checkpoint_name, checksums, load_model, read_tensors
 from titans_pretrain.checkpoint.metadata import Reader
@@ -183,6 +183,16 @@ def test_ranks_share_the_checking_and_hash_nothing_twice(ranks, run):
     files = {str(p.relative_to(run("tp2"))) for p in run("tp2").rglob("*") if p.is_file()} - {"SHA256SUMS"}
     assert sorted(read) == sorted(files) and {count for count, _ in answers} == {len(files)}
     assert all(names for _, names in answers)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "zero1", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_a_run_of_any_layout_starts_with_the_weights_alone(ranks, run, tmp_path, layout):
+    source = run("one")
+    assert set(ranks(2).run(start_and_save, values(layout), source, tmp_path)) == {0}
+    found, expected = read_tensors(tmp_path / "checkpoints/step-00000000"), read_tensors(source)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name] if name.startswith("model.") else torch.zeros_like(tensor)), name
 
 
 def lock_refusal(run_dir: Path) -> str:
