@@ -15,6 +15,7 @@ import io
 import json
 import random
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -99,15 +100,8 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, tensor_group=
     if not checked:
         check_files(checkpoint)
     trainer = read_trainer(checkpoint)
-    trained = _trained(model)
-    _check_fit(checkpoint, model, trained, tensor_group)
-
-    def read(kind: str, tensors: dict[str, Tensor]) -> None:
-        _read(checkpoint, {_key(kind, n): _global(t, trained[n], tensor_group) for n, t in tensors.items()})
-
+    _take_over(checkpoint, model, optimizer, tensor_group, trainer["optimizer_steps"], KINDS)
     with reading(checkpoint):
-        states_of(optimizer).load(trained, trainer["optimizer_steps"], read)
-        _read(checkpoint, _untrained(model, tensor_group))
         _set_rng_states(checkpoint / "rng.pt")
     return trainer
 
@@ -118,18 +112,23 @@ def load_initial(checkpoint: Path, model: nn.Module, optimizer, tensor_group=Non
     if not checked:
         check_files(checkpoint)
     read_trainer(checkpoint)
+    _take_over(checkpoint, model, optimizer, tensor_group, 0, ("weight",))
+
+
+def _take_over(checkpoint: Path, model: nn.Module, optimizer, tensor_group, steps: int, kinds: Sequence[str]) -> None:
+    """kinds: of KINDS, that come from the checkpoint; the others are zero, as before a first step."""
     trained = _trained(model)
-    _check_fit(checkpoint, model, {}, tensor_group)
+    _check_fit(checkpoint, model, trained if kinds == KINDS else {}, tensor_group)
 
     def read(kind: str, tensors: dict[str, Tensor]) -> None:
-        if kind == "weight":
+        if kind in kinds:
             _read(checkpoint, {_key(kind, n): _global(t, trained[n], tensor_group) for n, t in tensors.items()})
         else:
             for tensor in tensors.values():
                 tensor.zero_()
 
     with reading(checkpoint):
-        states_of(optimizer).load(trained, 0, read)
+        states_of(optimizer).load(trained, steps, read)
         _read(checkpoint, _untrained(model, tensor_group))
 
 
