@@ -87,7 +87,7 @@ def save_checkpoint(
             write_sums(folder, sums)
             finish_folder(target)
             point_latest(target)
-            prune_checkpoints(target, config.train.keep_checkpoints)
+            prune_checkpoints(target.parent, config.train.keep_checkpoints)
     return target
 
 

@@ -130,17 +130,17 @@ def write_text(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
-def prune_checkpoints(newest: Path, keep: int) -> None:
-    """Removes all but the `keep` last ones of `newest`, which is never removed, and the checkpoints before it (0: keeps all).
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Of the one that RUN/checkpoints/latest names and those before it, removes all but the `keep` last (0: keeps all).
 
     Those of later steps stay: whoever went back to an earlier one may want them. What cannot be removed is told and tried again
     the next time: it never ends a run."""
-    for old in checkpoints(newest.parent, newest)[:-keep] if keep else []:
+    for old in checkpoints(folder, latest_checkpoint(folder.parent))[:-keep] if keep else []:
         try:  # out of sight in one move first, so that a half-removed folder never looks like a checkpoint
             os.rename(old, old.with_name(f"{_DOOMED}{old.name}"))
         except OSError as e:
             log.warning("cannot remove the old checkpoint %s: %s; training goes on", old, e)
-    for doomed in newest.parent.glob(f"{_DOOMED}*"):
+    for doomed in folder.glob(f"{_DOOMED}*"):
         _remove_tree(doomed)
 
 

@@ -118,12 +118,12 @@ def test_a_replacement_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
     ],
 )
 def test_the_newest_is_never_removed_nor_are_later_steps(tmp_path, there, newest, keep, left):
-    make(tmp_path, *there)
-    target = tmp_path / store.checkpoint_name(newest)
-    store.point_latest(target)
-    store.prune_checkpoints(target, keep)
-    assert steps(tmp_path) == left
-    assert not list(tmp_path.glob(".*"))
+    folder = tmp_path / "checkpoints"
+    make(folder, *there)
+    store.point_latest(folder / store.checkpoint_name(newest))
+    store.prune_checkpoints(folder, keep)
+    assert steps(folder) == left
+    assert not list(folder.glob(".*"))
 
 
 @pytest.mark.parametrize("refused", ["rename", "rmtree"])
