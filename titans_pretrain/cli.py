@@ -125,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("report", _report, "print what a run reached", "report runs/tiny")
     _add_run(sub, "run folder")
 
+    sub = command("verify", _verify, "compare checkpoints with the checksums in them", "verify runs/tiny")
+    _add_run(sub)
+
     command("doctor", _doctor, "check this machine: versions, devices, packages, the memory scan", "doctor")
     return parser
 
@@ -190,6 +193,15 @@ def _report(args) -> None:
     from titans_pretrain.commands.report import report
 
     print(report(args.path))
+
+
+def _verify(args) -> None:
+    from titans_pretrain.commands.verify import verify
+
+    lines, damaged = verify(args.path)
+    print("\n".join(lines))
+    if damaged:
+        raise ValueError(f"{damaged} of {len(lines)} checkpoints are damaged")
 
 
 def _doctor(args) -> int:

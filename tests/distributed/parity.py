@@ -224,6 +224,17 @@ def resume_each(values: dict, checkpoints: list, steps: int, run_dir) -> list[di
     return results
 
 
+def start_and_save(values: dict, checkpoint, run_dir) -> int:
+    """On every rank: takes over a checkpoint's weights alone and saves at once; the optimizer's steps."""
+    from titans_pretrain.checkpoint import load_initial, read_trainer
+
+    config, model = fresh(values)
+    with _engine(config, model) as (engine, _):
+        load_initial(checkpoint, engine.model, engine.optimizer, engine.tensor_group)
+        _save(engine, config, 0, run_dir)
+    return read_trainer(run_dir / "checkpoints/step-00000000")["optimizer_steps"]
+
+
 @contextlib.contextmanager
 def _engine(config, model):
     """The engine of this process, alone or among the ranks, and its place among the readers."""
@@ -250,4 +261,5 @@ def _step(engine, config, step: int, place: tuple) -> float:
 def _save(engine, config, step: int, run_dir) -> None:
     from titans_pretrain.checkpoint import save_checkpoint
 
-    save_checkpoint(run_dir, config, engine.model, engine.optimizer, {"step": step}, engine.tensor_group)
+    numbers = {"step": step, "tokens": 0, "validated": 0, "reader": {}}
+    save_checkpoint(run_dir, config, engine.model, engine.optimizer, numbers, engine.tensor_group)

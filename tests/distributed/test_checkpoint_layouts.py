@@ -1,6 +1,7 @@
 """A checkpoint written under any layout goes on under any other: the same tensors to the bit, and the same training."""
 
 import functools
+import os
 import re
 import shutil
 from collections import Counter
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from parity import CALM, case, resume_each, run_and_save
+from parity import CALM, case, resume_each, run_and_save, start_and_save
 
-from titans_pretrain.checkpoint import checkpoint_name, load_model, read_tensors
+from titans_pretrain.checkpoint import check_checkpoint, checkpoint_name, checksums, load_model, read_tensors
+from titans_pretrain.checkpoint.metadata import Reader
+from titans_pretrain.commands.train import _owning
+from titans_pretrain.training.run_lock import RunLock
 
 LAYOUTS = {
     "one": (1, {}),
@@ -109,7 +112,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
 )
 def test_ranks_share_the_writing_and_write_nothing_twice(run, layout):
     world, weights = LAYOUTS[layout][0], run(layout) / "weights"
-    pieces = dcp.FileSystemReader(weights).read_metadata().storage_data.values()
+    pieces = Reader(weights).read_metadata().storage_data.values()
     written = Counter()
     for piece in pieces:
         written[piece.relative_path] += piece.length
@@ -147,31 +150,83 @@ def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(ranks, run, tmp
 
 def test_what_one_rank_cannot_read_is_told_on_every_rank(ranks, run, tmp_path):
     damaged = shutil.copytree(run("pp2"), tmp_path / "damaged")
-    pieces = dcp.FileSystemReader(damaged / "weights").read_metadata().storage_data
+    pieces = Reader(damaged / "weights").read_metadata().storage_data
     piece = next(p for index, p in pieces.items() if index.fqn == "exp_avg.layers.1.mlp.down_proj.weight")
     with open(damaged / "weights" / piece.relative_path, "r+b") as file:
         file.seek(piece.offset)
         file.write(bytes(piece.length))
     for message in ranks(2).run(refusal, [values("pp2")] * 2, damaged, tmp_path):
-        assert re.search("cannot read .*damaged: .*go on from an earlier one", message), message
+        assert re.search(
+            f"weights/{piece.relative_path} is damaged: its checksum is not the one in SHA256SUMS", message
+        ), message
+
+
+def hashed_by_each(checkpoint: Path) -> tuple[int, list[str]]:
+    """On every rank: how many files check_checkpoint says, and those that this rank read for it."""
+    read, hash_files = [], checksums.hash_files
+
+    def watched(folder, files):
+        found = hash_files(folder, files)
+        read.extend(found)
+        return found
+
+    checksums.hash_files = watched
+    try:
+        return check_checkpoint(checkpoint), read
+    finally:
+        checksums.hash_files = hash_files
+
+
+def test_ranks_share_the_checking_and_hash_nothing_twice(ranks, run):
+    answers = ranks(2).run(hashed_by_each, run("tp2"))
+    read = [name for _, names in answers for name in names]
+    files = {str(p.relative_to(run("tp2"))) for p in run("tp2").rglob("*") if p.is_file()} - {"SHA256SUMS"}
+    assert sorted(read) == sorted(files) and {count for count, _ in answers} == {len(files)}
+    assert all(names for _, names in answers)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "zero1", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_a_run_of_any_layout_starts_with_the_weights_alone(ranks, run, tmp_path, layout):
+    source = run("one")
+    assert set(ranks(2).run(start_and_save, values(layout), source, tmp_path)) == {0}
+    found, expected = read_tensors(tmp_path / "checkpoints/step-00000000"), read_tensors(source)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name] if name.startswith("model.") else torch.zeros_like(tensor)), name
+
+
+def lock_refusal(run_dir: Path) -> str:
+    try:
+        with _owning(run_dir):
+            return ""
+    except ValueError as e:
+        return str(e)
+
+
+def test_the_first_rank_locks_the_run_folder_for_all(ranks, tmp_path):
+    with RunLock(tmp_path):
+        messages = ranks(2).run(lock_refusal, tmp_path)
+    assert [f"process {os.getpid()} on " in message for message in messages] == [True, True]
+    assert ranks(2).run(lock_refusal, tmp_path) == ["", ""]
+    assert list(tmp_path.iterdir()) == []
 
 
 def fail_on_one_rank(settings: dict, run_dir: Path) -> str:
     from titans_pretrain.checkpoint import state
 
-    class Full(state.dcp.FileSystemWriter):
+    class Full(state.Writer):
         def write_data(self, *args):
             raise OSError(28, "No space left on device")
 
-    writer = state.dcp.FileSystemWriter
+    writer = state.Writer
     if dist.get_rank() == 1:
-        state.dcp.FileSystemWriter = Full
+        state.Writer = Full
     try:
         run_and_save(settings, 1, run_dir)
     except OSError as e:
         return str(e)
     finally:
-        state.dcp.FileSystemWriter = writer
+        state.Writer = writer
     return ""
 
 

@@ -262,6 +262,152 @@ def test_a_new_run_from_a_checkpoint_of_another(train, tmp_path):
     assert [line["step"] for line in without_clocks(tmp_path / "other")] == [3, 4, 4]
 
 
+def loses():
+    """A call that fails as on a full disk."""
+
+    def call(*args, **options):
+        raise OSError(122, "Disk quota exceeded")
+
+    return call
+
+
+def test_at_the_end_nothing_but_the_checkpoint_decides_the_exit_code(train, tmp_path, monkeypatch, capsys):
+    from titans_pretrain.commands import train as command
+    from titans_pretrain.training.loggers import JsonlLogger
+    from titans_pretrain.training.trainer import Trainer
+
+    step = Trainer.train_step
+
+    def stopped(self):
+        values = step(self)
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return values
+
+    monkeypatch.setattr(command, "plot_loss", loses())
+    monkeypatch.setattr(JsonlLogger, "close", loses())
+    monkeypatch.setattr(JsonlLogger, "flush", loses())
+    monkeypatch.setattr(Trainer, "train_step", stopped)
+    assert train("train.steps=3", "train.eval_every=0") == 85
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000002\n"
+    assert "stopped by SIGUSR1: saved" in capsys.readouterr().err
+    assert train("train.steps=3", "train.eval_every=0") == 0
+    assert capsys.readouterr().err.count("Disk quota exceeded; the training is not affected") == 2  # close, plot
+
+
+def test_the_checkpoint_before_a_damaged_one_is_taken_with_one_line(train, tmp_path, capsys):
+    settings = ["train.checkpoint_every=1", "train.eval_every=0", "train.min_lr=0.003"]
+    assert train("train.steps=3", *settings) == 0
+    checkpoints = tmp_path / "run/checkpoints"
+    expected = read_tensors(checkpoints / "step-00000003")
+    damage(checkpoints / "step-00000003/weights/__0_0.distcp")
+    damage(checkpoints / "step-00000002/config.yaml")
+    capsys.readouterr()
+    assert train("train.steps=3", *settings) == 0
+    told = capsys.readouterr()
+    warnings = [line for line in told.err.splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == 2 and "step-00000003/weights/__0_0.distcp is damaged" in warnings[0]
+    assert "step-00000002/config.yaml is damaged" in warnings[1]
+    assert "goes on from" in told.out and "step-00000001 (step 1)" in told.out
+    again = read_tensors(checkpoints / "step-00000003")  # replaced
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+    assert [line["step"] for line in without_clocks(tmp_path / "run")] == [1, 2, 3]
+    for path in checkpoints.glob("step-*/trainer.json"):
+        damage(path)
+    assert train("train.steps=4", *settings) == 2
+    assert "no checkpoint up to" in error_of(capsys)
+    assert cli.main(["verify", str(tmp_path / "run")]) == 2
+    assert "3 of 3 checkpoints are damaged" in error_of(capsys)
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_two_runs_in_one_folder(data, tmp_path):
+    """The second is refused, in one line that names the first, and changes nothing."""
+    run = tmp_path / "run"
+    first = start(data, run, "train.steps=2000", "train.eval_every=0", "train.checkpoint_every=0")
+    try:
+        wait_for_step(first, run, 2)
+        second = start(data, run, "train.steps=2000")
+        _, err = second.communicate()
+        assert second.returncode == 2
+        assert f"error: process {first.pid} on {os.uname().nodename} trains in {run}" in err
+        first.send_signal(signal.SIGTERM)
+        _, err = first.communicate()
+        assert first.returncode == 85, err
+    finally:
+        first.kill()
+    lines = [line["step"] for line in read_metrics(run / "metrics.jsonl")]
+    assert lines == list(range(1, len(lines) + 1))
+    assert not (run / "lock").exists()
+
+
+def test_a_longer_row_in_three_stages(train, tmp_path, capsys):
+    """As configs/longcontext does it: each stage a run of its own that starts with the weights of the one before."""
+    common = ["train.steps=2", "train.eval_every=0", "train.warmup_steps=0", "train.min_lr=0.003"]
+    assert train(*common) == 0
+    before = tmp_path / "run"
+    for length in (128, 256):
+        run = tmp_path / f"{length}"
+        stage = [*common, f"run.dir={run}", f"data.seq_len={length}", f"train.init_from={before}"]
+        assert train(*stage, "train.steps=1", "train.lr=0", "train.min_lr=0") == 0
+        told = capsys.readouterr().out
+        assert f"starts with the weights of {before}/checkpoints/step-00000002; optimizer, step and data from" in told
+        assert f"  data.seq_len: {length // 2} -> {length}\n" in told and "  train.lr: 0.003 -> 0" in told
+        first, old = (
+            read_tensors(r / "checkpoints" / n) for r, n in ((run, "step-00000001"), (before, "step-00000002"))
+        )
+        for name, tensor in old.items():
+            if name.startswith("model."):
+                assert torch.equal(first[name], tensor), name  # a step of length 0
+        trainer = json.loads((run / "checkpoints/step-00000001/trainer.json").read_text())
+        assert trainer["optimizer_steps"] == 1
+        assert trainer["reader"]["sources"][0]["sample"] == 2
+        assert train(*stage) == 0  # goes on with its own checkpoint
+        assert "goes on from" in capsys.readouterr().out
+        before = run
+
+
+def test_what_a_second_stage_may_not_change(train, tmp_path, capsys):
+    assert train("train.steps=1", "train.eval_every=0") == 0
+    other = [f"run.dir={tmp_path}/other", f"train.init_from={tmp_path}/run", "train.steps=1", "train.eval_every=0"]
+    capsys.readouterr()
+    assert train(*other, "model.layers=3") == 2
+    assert "was written by another model: model.layers is 2 there and 3 here" in error_of(capsys)
+    assert train(*other, "model.window=128", "model.rope_theta=50000.0") == 0
+    assert "  model.window: 64 -> 128\n" in capsys.readouterr().out
+    assert train("train.steps=2", "data.seq_len=128") == 2
+    assert (
+        "cursor has seq_len=64, this run has seq_len=128; for a second stage on other data give a new run.dir and"
+        in error_of(capsys)
+    )
+    assert train("train.steps=2", "train.resume_data=false") == 2
+    assert "train.resume_data=false needs train.resume=FOLDER" in error_of(capsys)
+    assert train(f"train.resume={tmp_path}/run", f"train.init_from={tmp_path}/run") == 2
+    assert "are both set" in error_of(capsys)
+    assert train(f"run.dir={tmp_path}/new", "train.init_from=gone") == 2
+    assert "no run or checkpoint folder gone" in error_of(capsys)
+
+
+def test_a_second_stage_with_the_optimizer_reads_its_own_data_from_the_start(train, tmp_path, capsys):
+    settings = ["train.eval_every=0", "train.warmup_steps=0", "train.min_lr=0.003"]
+    assert train("train.steps=2", *settings) == 0
+    new = [f"run.dir={tmp_path}/new", f"train.resume={tmp_path}/run", "train.resume_data=false", "data.seq_len=128"]
+    capsys.readouterr()
+    assert train("train.steps=3", *settings, *new) == 0
+    told = capsys.readouterr().out
+    assert "(step 2); data from the beginning\n" in told and "  data.seq_len: 64 -> 128\n" in told
+    trainer = json.loads((tmp_path / "new/checkpoints/step-00000003/trainer.json").read_text())
+    assert trainer["optimizer_steps"] == 3 and trainer["reader"]["sources"][0]["sample"] == 2
+    assert train("train.steps=4", *settings, *new) == 0  # its own checkpoint, and where that one stopped reading
+    trainer = json.loads((tmp_path / "new/checkpoints/step-00000004/trainer.json").read_text())
+    assert trainer["optimizer_steps"] == 4 and trainer["reader"]["sources"][0]["sample"] == 4
+
+
 def test_a_run_that_died_before_its_first_checkpoint_starts_over(train, tmp_path, monkeypatch):
     from titans_pretrain.training.trainer import Trainer
 

@@ -181,7 +181,7 @@ def test_help_lists_the_commands_and_loads_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
-    for command in ("train", "plan", "eval", "generate", "export", "report", "doctor"):
+    for command in ("train", "plan", "eval", "generate", "export", "report", "verify", "doctor"):
         assert f"\n    {command} " in out
         with pytest.raises(SystemExit) as e:
             cli.main([command, "--help"])

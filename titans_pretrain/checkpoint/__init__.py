@@ -1,5 +1,7 @@
 from titans_pretrain.checkpoint.state import (
+    check_checkpoint,
     load_checkpoint,
+    load_initial,
     load_model,
     load_weights,
     model_tensors,
@@ -9,19 +11,25 @@ from titans_pretrain.checkpoint.state import (
 )
 from titans_pretrain.checkpoint.store import (
     checkpoint_name,
+    checkpoints,
     clear_leftovers,
     find_checkpoint,
     find_tokenizer,
     latest_checkpoint,
 )
+from titans_pretrain.checkpoint.together import DamagedCheckpoint
 
 __all__ = [
+    "DamagedCheckpoint",
+    "check_checkpoint",
     "checkpoint_name",
+    "checkpoints",
     "clear_leftovers",
     "find_checkpoint",
     "find_tokenizer",
     "latest_checkpoint",
     "load_checkpoint",
+    "load_initial",
     "load_model",
     "load_weights",
     "model_tensors",

@@ -1,31 +1,31 @@
 """What a checkpoint holds: logical, full-shape tensors by parameter name, random states, and the trainer's few numbers.
 
 weights/        torch.distributed.checkpoint: "model.NAME" (parameters, float32 where an optimizer has masters, and persistent
-                buffers; a tied tensor once), "exp_avg.NAME" and "exp_avg_sq.NAME" of every trained parameter
+                buffers; a tied tensor once), "exp_avg.NAME" and "exp_avg_sq.NAME" of every trained parameter; metadata.json
 rng.pt          random states of torch, CUDA, numpy and Python
 trainer.json    step, tokens, the reader's cursor, optimizer steps
 config.yaml     the resolved config
+SHA256SUMS      of all these files
 
 The names and shapes are those of the model on one device, whatever layout wrote them: a sharded tensor is written in pieces and
 read in others. Every rank writes its part; every rank reads what it needs, by itself.
 """
 
-import contextlib
+import io
 import json
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
+from titans_pretrain.checkpoint.checksums import SUMS, check_files, hash_files, write_sums
+from titans_pretrain.checkpoint.metadata import Reader, Writer
 from titans_pretrain.checkpoint.optimizer_states import KINDS, states_of
 from titans_pretrain.checkpoint.store import (
     begin_folder,
@@ -37,10 +37,13 @@ from titans_pretrain.checkpoint.store import (
     prune_checkpoints,
     temporary_folder,
 )
+from titans_pretrain.checkpoint.together import DamagedCheckpoint, from_all, rank, reading, together, world
 from titans_pretrain.config import Config, load_config, save_config
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 2: a pickle in the place of weights/metadata.json, and no checksums
+OLDEST_VERSION = 2
 WEIGHTS = "weights"
+_NUMBERS = {"version": int, "step": int, "tokens": int, "validated": int, "optimizer_steps": int, "reader": dict}
 
 
 def save_checkpoint(
@@ -55,54 +58,78 @@ def save_checkpoint(
     """
     step = trainer["step"]
     target = Path(run_dir) / "checkpoints" / checkpoint_name(step)
+    folder = temporary_folder(target)
     writing = partial(
-        _together,
+        together,
         f"step {step}: cannot write {target}",
         "earlier checkpoints are untouched: make room there and give the same command again",
         undo=partial(drop_folder, target),
     )
     with writing():
-        if _is_main():
+        if rank() == 0:
             begin_folder(target)
     states, trained, tensors = states_of(optimizer), _trained(model), _untrained(model, tensor_group)
     for kind, name, tensor in states.tensors(trained):
         tensors[_key(kind, name)] = _global(tensor, trained[name], tensor_group)
     with writing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this is one process, and whatever its own calls are warned of
-        dcp.save(
-            tensors, storage_writer=dcp.FileSystemWriter(temporary_folder(target) / WEIGHTS), no_dist=_world() == 1
-        )
+        dcp.save(tensors, storage_writer=Writer(folder / WEIGHTS), no_dist=world() == 1)
+    sums = {}
     with writing():
-        if _is_main():
-            folder = temporary_folder(target)
+        sums = hash_files(folder, (folder / WEIGHTS).glob(f"__{rank()}_*"))
+    sums = {name: value for told in from_all(sums) for name, value in told.items()}
+    with writing():
+        if rank() == 0:
             torch.save(_rng_states(), folder / "rng.pt")
             save_config(config, folder / "config.yaml")
             numbers = {"version": FORMAT_VERSION, **trainer, "optimizer_steps": states.steps()}
             (folder / "trainer.json").write_text(json.dumps(numbers, indent=1))
+            write_sums(folder, sums)
             finish_folder(target)
             point_latest(target)
             prune_checkpoints(target.parent, config.train.keep_checkpoints)
     return target
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, tensor_group=None) -> dict:
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, tensor_group=None, *, checked: bool = False) -> dict:
     """Puts a checkpoint of any layout back into a model, its optimizer and the random generators; returns the trainer's numbers.
 
-    See save_checkpoint for the arguments. With several processes all call it, and it raises on all or none: ValueError for a
-    checkpoint that does not fit, OSError for one that cannot be read."""
+    See save_checkpoint for the arguments; checked: its files have been compared with their checksums. With several processes
+    all call it, and it raises on all or none: ValueError for a checkpoint that does not fit, DamagedCheckpoint (a ValueError)
+    that names the file, OSError for one that cannot be read."""
+    if not checked:
+        check_files(checkpoint)
     trainer = read_trainer(checkpoint)
+    _take_over(checkpoint, model, optimizer, tensor_group, trainer["optimizer_steps"], KINDS)
+    with reading(checkpoint):
+        _set_rng_states(checkpoint / "rng.pt")
+    return trainer
+
+
+def load_initial(checkpoint: Path, model: nn.Module, optimizer, tensor_group=None, *, checked: bool = False) -> None:
+    """Puts the weights alone of a checkpoint of any layout into a model, and its optimizer where that of a new run starts.
+    Arguments and errors as of load_checkpoint."""
+    if not checked:
+        check_files(checkpoint)
+    read_trainer(checkpoint)
+    _take_over(checkpoint, model, optimizer, tensor_group, 0, ("weight",))
+
+
+def _take_over(checkpoint: Path, model: nn.Module, optimizer, tensor_group, steps: int, kinds: Sequence[str]) -> None:
+    """kinds: of KINDS, that come from the checkpoint; the others are zero, as before a first step."""
     trained = _trained(model)
-    _check_fit(checkpoint, model, trained, tensor_group)
+    _check_fit(checkpoint, model, trained if kinds == KINDS else {}, tensor_group)
 
     def read(kind: str, tensors: dict[str, Tensor]) -> None:
-        _read(checkpoint, {_key(kind, n): _global(t, trained[n], tensor_group) for n, t in tensors.items()})
+        if kind in kinds:
+            _read(checkpoint, {_key(kind, n): _global(t, trained[n], tensor_group) for n, t in tensors.items()})
+        else:
+            for tensor in tensors.values():
+                tensor.zero_()
 
-    with _reading(checkpoint):
-        states_of(optimizer).load(trained, trainer["optimizer_steps"], read)
+    with reading(checkpoint):
+        states_of(optimizer).load(trained, steps, read)
         _read(checkpoint, _untrained(model, tensor_group))
-        rng = torch.load(checkpoint / "rng.pt", weights_only=True)
-    _set_rng_states(rng)
-    return trainer
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, Config]:
@@ -118,33 +145,56 @@ def load_model(path: str | Path) -> tuple[nn.Module, Config]:
 
 def load_weights(checkpoint: Path, model: nn.Module, tensor_group=None) -> None:
     """Copies a checkpoint's parameters and buffers into `model`; every one must be there and fit."""
+    check_files(checkpoint)
     read_trainer(checkpoint)
     _check_fit(checkpoint, model, {}, tensor_group)
     tensors = {_key("weight", n): _global(p.data, p, tensor_group) for n, p in _trained(model).items()}
-    with _reading(checkpoint):
+    with reading(checkpoint):
         _read(checkpoint, tensors | _untrained(model, tensor_group))
 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, whole: "model.NAME", "exp_avg.NAME", "exp_avg_sq.NAME"."""
-    with _reading(checkpoint):
+    check_files(checkpoint)
+    with reading(checkpoint):
         tensors = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in _entries(checkpoint).items()}
         _read(checkpoint, tensors)
     return tensors
 
 
 def read_trainer(checkpoint: Path) -> dict:
-    trainer = json.loads((checkpoint / "trainer.json").read_text())
-    if trainer["version"] > FORMAT_VERSION:
+    """The trainer's numbers. Raises ValueError for a format that is not read here, DamagedCheckpoint where they are none."""
+    path = checkpoint / "trainer.json"
+    try:
+        trainer = json.loads(path.read_bytes())
+        odd = [n for n, kind in _NUMBERS.items() if type(trainer[n]) is not kind or (kind is int and trainer[n] < 0)]
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise DamagedCheckpoint(f"{path} is damaged: it does not hold a trainer's numbers ({e!r})") from e
+    if odd:
+        raise DamagedCheckpoint(f"{path} is damaged: {odd[0]} is {trainer[odd[0]]!r}")
+    version = trainer["version"]
+    if version > FORMAT_VERSION:
         raise ValueError(
-            f"{checkpoint} has format version {trainer['version']}, this titans-pretrain reads up to {FORMAT_VERSION}; update it"
+            f"{checkpoint} has format version {version}, this titans-pretrain reads up to {FORMAT_VERSION}; update it"
         )
-    if trainer["version"] < FORMAT_VERSION:
+    if version < OLDEST_VERSION:
         raise ValueError(
-            f"{checkpoint} has format version {trainer['version']}, written before checkpoints crossed layouts; this "
-            f"titans-pretrain reads version {FORMAT_VERSION}: go on from it with the version that wrote it"
+            f"{checkpoint} has format version {version}, written before checkpoints crossed layouts; this titans-pretrain "
+            f"reads versions {OLDEST_VERSION} to {FORMAT_VERSION}: go on from it with the version that wrote it"
         )
+    if version > OLDEST_VERSION and not (checkpoint / SUMS).exists():
+        raise DamagedCheckpoint(f"{checkpoint / SUMS} is not there, so nothing says whether the checkpoint is whole")
     return trainer
+
+
+def check_checkpoint(checkpoint: Path) -> int | None:
+    """Compares a checkpoint's files with their checksums and reads what describes them; how many files, None where it has no
+    checksums (format version 2). Collective, with errors as of check_files, and ValueError for another format."""
+    files = check_files(checkpoint)
+    read_trainer(checkpoint)
+    with reading(checkpoint):
+        _entries(checkpoint)
+    return files
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -187,7 +237,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _entries(checkpoint: Path) -> dict:
     """Name -> size and dtype of every tensor of a checkpoint."""
-    return dcp.FileSystemReader(checkpoint / WEIGHTS).read_metadata().state_dict_metadata
+    return Reader(checkpoint / WEIGHTS).read_metadata().state_dict_metadata
 
 
 def _read(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
@@ -196,7 +246,7 @@ def _read(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(checkpoint / WEIGHTS), no_dist=True)
+        dcp.load(tensors, storage_reader=Reader(checkpoint / WEIGHTS), no_dist=True)
 
 
 def _check_fit(checkpoint: Path, model: nn.Module, trained: dict[str, nn.Parameter], tensor_group) -> None:
@@ -209,13 +259,13 @@ def _check_fit(checkpoint: Path, model: nn.Module, trained: dict[str, nn.Paramet
         for kind in KINDS if name in trained else ("weight",):
             wanted[_key(kind, name)] = shape
     wanted |= {_key("weight", name): list(t.shape) for name, t in _buffers(model).items()}
-    with _reading(checkpoint):
+    with reading(checkpoint):
         there = {name: list(entry.size) for name, entry in _entries(checkpoint).items()}
     names = set(wanted)
-    if _world() == 1:
+    if world() == 1:
         names |= {n for n in there if n.startswith("model.") or trained}
     odd = {n: (there.get(n), wanted.get(n)) for n in names if there.get(n) != wanted.get(n)}
-    odd = {n: shapes for found in _from_all(odd) for n, shapes in found.items()}
+    odd = {n: shapes for found in from_all(odd) for n, shapes in found.items()}
     if odd:
         first = min(odd, key=lambda n: (not n.startswith("model."), n))
         has, needs = ("no such tensor" if shape is None else shape for shape in odd[first])
@@ -223,63 +273,6 @@ def _check_fit(checkpoint: Path, model: nn.Module, trained: dict[str, nn.Paramet
             f"{checkpoint} does not fit the model: {len(odd)} tensors differ, the first is {first.removeprefix('model.')} "
             f"({has} there, {needs} here)"
         )
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _is_main() -> bool:
-    return _world() == 1 or dist.get_rank() == 0
-
-
-def _from_all(mine) -> list:
-    """What each rank says."""
-    if _world() == 1:
-        return [mine]
-    told = [None] * _world()
-    dist.all_gather_object(told, mine)
-    return told
-
-
-@contextlib.contextmanager
-def _together(what: str, advice: str, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Around what all ranks do at once: where one of them fails, all undo it and raise OSError."""
-    error = None
-    try:
-        yield
-    except dist.DistError:
-        raise  # a rank is lost: there is nobody to agree with
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        UnpicklingError,
-        CheckpointException,
-    ) as e:  # torch has its own ways to say it
-        error = e
-    failed = next((told for told in _from_all(error and _reason(error)) if told), None)
-    if failed:
-        undo()
-        raise OSError(f"{what}: {failed}; {advice}") from error
-
-
-def _reading(checkpoint: Path):
-    return _together(
-        f"cannot read {checkpoint}",
-        f"if it is damaged, go on from an earlier one: write its name into {checkpoint.parent / 'latest'}",
-    )
-
-
-def _reason(error: BaseException) -> str:
-    """One line; the system's own error where torch's came from one."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    chain = [error]
-    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(before)
-    error = next((e for e in chain if isinstance(e, OSError)), error)
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _rng_states() -> dict:
@@ -292,9 +285,14 @@ def _rng_states() -> dict:
     }
 
 
-def _set_rng_states(states: dict) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    numpy.random.set_state(states["numpy"])
-    random.setstate(states["python"])
+def _set_rng_states(path: Path) -> None:
+    content = io.BytesIO(path.read_bytes())
+    try:
+        states = torch.load(content, weights_only=True)
+        torch.set_rng_state(states["torch"])
+        if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(states["cuda"])
+        numpy.random.set_state(states["numpy"])
+        random.setstate(states["python"])
+    except Exception as e:  # whatever torch and numpy say of bytes that may be anything
+        raise DamagedCheckpoint(f"{path} is damaged, or no random states ({type(e).__name__})") from e

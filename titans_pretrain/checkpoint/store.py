@@ -5,10 +5,15 @@ RUN/checkpoints/latest           text: the name of the newest one
 """
 
 import contextlib
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+log = logging.getLogger(__name__)
+_NAME = re.compile(r"step-(\d{8,})")
 
 
 def checkpoint_name(step: int) -> str:
@@ -20,13 +25,20 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
     pointer = Path(run_dir) / "checkpoints" / "latest"
     if not pointer.exists():
         return None
-    found = pointer.parent / pointer.read_text().strip()
-    if not (found / "trainer.json").is_file():
-        there = ", ".join(p.name for p in _complete(pointer.parent)) or "none"
+    name = pointer.read_bytes().decode(errors="replace").strip()
+    if not _NAME.fullmatch(name) or not (pointer.parent / name / "trainer.json").is_file():
+        there = ", ".join(p.name for p in checkpoints(pointer.parent)) or "none"
         raise ValueError(
-            f"{pointer} names {found.name}, which is not there (complete checkpoints: {there}); correct that file"
+            f"{pointer} names {name[:80]!r}, which is not there (complete checkpoints: {there}); correct that file"
         )
-    return found
+    return pointer.parent / name
+
+
+def checkpoints(folder: Path, up_to: Path | None = None) -> list[Path]:
+    """The complete checkpoints of RUN/checkpoints in the order of their steps; up_to: only that one and those before it."""
+    steps = {int(m[1]): p.parent for p in folder.glob("step-*/trainer.json") if (m := _NAME.fullmatch(p.parent.name))}
+    last = int(_NAME.fullmatch(up_to.name)[1]) if up_to else max(steps, default=0)
+    return [path for step, path in sorted(steps.items()) if step <= last]
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -70,18 +82,25 @@ def temporary_folder(target: Path) -> Path:
 def begin_folder(target: Path) -> None:
     """Makes an empty temporary folder."""
     drop_folder(target)
-    temporary_folder(target).mkdir(parents=True)
+    _restore(target)
+    make_folder(target.parent)
+    temporary_folder(target).mkdir()
 
 
 def finish_folder(target: Path) -> None:
-    """Makes the temporary folder the target, on disk, in one move."""
-    temporary = temporary_folder(target)
+    """Makes the temporary folder the target, on disk, in one move. An earlier target is removed only after that."""
+    temporary, aside = temporary_folder(target), _aside(target)
     for path in [*temporary.rglob("*"), temporary]:
         _sync(path)
     if target.exists():
-        _remove(target)
-    os.rename(temporary, target)
+        os.rename(target, aside)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        _restore(target)
+        raise
     _sync(target.parent)
+    _remove_tree(aside)
 
 
 def drop_folder(target: Path) -> None:
@@ -89,38 +108,70 @@ def drop_folder(target: Path) -> None:
     shutil.rmtree(temporary_folder(target), ignore_errors=True)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, on disk."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync(path.parent)
+
+
 def point_latest(target: Path) -> None:
     """Makes RUN/checkpoints/latest name `target`."""
-    temporary = target.parent / ".writing-latest"
-    temporary.write_text(target.name + "\n")
+    write_text(target.parent / "latest", target.name + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, on disk."""
+    temporary = path.with_name(f".writing-{path.name}")
+    temporary.write_text(text)
     _sync(temporary)
-    os.replace(temporary, target.parent / "latest")
-    _sync(target.parent)
+    os.replace(temporary, path)
+    _sync(path.parent)
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Removes all but the `keep` newest checkpoints (0: keeps all)."""
-    if keep:
-        for old in _complete(folder)[:-keep]:
-            _remove(old)
+    """Of the one that RUN/checkpoints/latest names and those before it, removes all but the `keep` last (0: keeps all).
+
+    Those of later steps stay: whoever went back to an earlier one may want them. What cannot be removed is told and tried again
+    the next time: it never ends a run."""
+    for old in checkpoints(folder, latest_checkpoint(folder.parent))[:-keep] if keep else []:
+        try:  # out of sight in one move first, so that a half-removed folder never looks like a checkpoint
+            os.rename(old, old.with_name(f"{_DOOMED}{old.name}"))
+        except OSError as e:
+            log.warning("cannot remove the old checkpoint %s: %s; training goes on", old, e)
+    for doomed in folder.glob(f"{_DOOMED}*"):
+        _remove_tree(doomed)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Removes what a killed process left half written."""
+    """Removes what a killed process left half written, and puts back what it was about to replace."""
+    for aside in folder.glob(f"{_ASIDE}*"):
+        _restore(folder / aside.name.removeprefix(_ASIDE))
     for path in folder.glob(".writing-*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _remove_tree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _complete(folder: Path) -> list[Path]:
-    return sorted(p.parent for p in folder.glob("step-*/trainer.json"))
+_DOOMED, _ASIDE = ".writing-removed-", ".replaced-"
 
 
-def _remove(folder: Path) -> None:
-    """Out of sight in one move first, so that a half-removed folder never looks like a checkpoint."""
-    doomed = folder.parent / f".writing-removed-{folder.name}"
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+def _aside(target: Path) -> Path:
+    """Where an earlier `target` waits while a new one takes its place."""
+    return target.with_name(_ASIDE + target.name)
+
+
+def _restore(target: Path) -> None:
+    aside = _aside(target)
+    if aside.exists():
+        _remove_tree(aside) if target.exists() else os.rename(aside, target)
+
+
+def _remove_tree(path: Path) -> None:
+    if path.exists():
+        try:
+            shutil.rmtree(path)
+        except OSError as e:
+            log.warning("cannot remove %s: %s; it can be removed by hand", path, e)
 
 
 def _sync(path: Path) -> None:

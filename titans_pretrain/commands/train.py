@@ -3,31 +3,33 @@
 import contextlib
 import random
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy
 import torch
 
-from titans_pretrain.checkpoint import clear_leftovers, find_checkpoint, latest_checkpoint
+from titans_pretrain.checkpoint import clear_leftovers, latest_checkpoint
 from titans_pretrain.checkpoint.store import atomic_folder
-from titans_pretrain.config import Config, changed_keys, flatten, load_config, save_config
+from titans_pretrain.checkpoint.together import from_all, rank
+from titans_pretrain.config import Config, flatten, save_config
 from titans_pretrain.data import ShardError, build_reader, open_manifest
 from titans_pretrain.data.storage import Folder
 from titans_pretrain.data.tokenizer import DEFINITION, ENTRY, read_tokenizer_entry
 from titans_pretrain.models import build_model
 from titans_pretrain.parallel.apply import build_engine
-from titans_pretrain.parallel.launch import Watchdog, check_agreement, gather_objects, leave_processes
+from titans_pretrain.parallel.launch import Watchdog, check_agreement, leave_processes
 from titans_pretrain.parallel.mesh import Mesh, build_mesh, describe
 from titans_pretrain.training.engine import pick_device
 from titans_pretrain.training.loggers import build_loggers
 from titans_pretrain.training.plot import plot_loss
 from titans_pretrain.training.progress import Progress
+from titans_pretrain.training.run_lock import RunLock
 from titans_pretrain.training.signals import INTERRUPTED_EXIT_CODE, StopRequest
+from titans_pretrain.training.start import Start, find_start
 from titans_pretrain.training.trainer import Trainer
 from titans_pretrain.training.validation import Validator
-
-# These change how the model computes, not what: they may differ from the checkpoint's.
-_SPEED_ONLY = {"model.memory.backend", "model.memory.checkpoint_every"}
 
 
 def train(config: Config) -> int:
@@ -42,17 +44,31 @@ def train(config: Config) -> int:
 
 def _train(config: Config, stop: StopRequest) -> int:
     check_data_is_set(config)
-    run_dir = Path(config.run.dir)
-    device = pick_device(config.train.device)
-    mesh = build_mesh(config, device)
-    checkpoint = starting_checkpoint(config, run_dir)
-    changed = _changes_since(checkpoint, config)
-    check_agreement(flatten(config) | {"checkpoint": checkpoint and checkpoint.name, "torch": torch.__version__})
-    with Watchdog():
-        return _train_together(config, stop, mesh, checkpoint, changed)
+    mesh, run_dir = build_mesh(config, pick_device(config.train.device)), Path(config.run.dir)
+    with Watchdog(), _owning(run_dir):
+        newest = latest_checkpoint(run_dir)
+        check_agreement(flatten(config) | {"checkpoint": newest and newest.name, "torch": torch.__version__})
+        return _train_together(config, stop, mesh, find_start(config))
 
 
-def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: Path | None, changed: list[str]) -> int:
+@contextlib.contextmanager
+def _owning(run_dir: Path) -> Iterator[None]:
+    """Around what one run may do in its folder: the first process takes the lock. Where it is refused, all raise."""
+    with contextlib.ExitStack() as held:
+        refused = None
+        if rank() == 0:
+            try:
+                held.enter_context(RunLock(run_dir))
+                clear_leftovers(run_dir)
+                clear_leftovers(run_dir / "checkpoints")
+            except (ValueError, OSError) as e:
+                refused = e
+        if (error := from_all(refused)[0]) is not None:
+            raise error
+        yield
+
+
+def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start) -> int:
     run_dir = Path(config.run.dir)
     seed_everything(config.train.seed)
     place = {
@@ -61,7 +77,7 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: P
         "context_rank": mesh.context.rank,
         "context_size": mesh.context.size,
         "segments_per_rank": config.parallel.segments_per_rank,
-        "gather": gather_objects if mesh.world > 1 else None,
+        "gather": from_all if mesh.world > 1 else None,
         "pinned": mesh.device.type == "cuda",
     }
     reader = build_reader(config, split="train", stopped=lambda: stop.received is not None, **place)
@@ -73,16 +89,15 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: P
     with torch.device("meta"):
         model = build_model(config.model)
     parameters = sum(p.numel() for p in model.parameters())
-    engine = build_engine(config, model, mesh, initialise=checkpoint is None)
+    engine = build_engine(config, model, mesh, initialise=start.checkpoint is None)
     trainer = Trainer(config, engine, reader, validator, mesh.device)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
+    if start.weights_only:
+        trainer.start_from(start.checkpoint)
+    elif start.checkpoint is not None:
+        trainer.resume(start.checkpoint, start.data)
 
     loggers, progress = [], None
     if engine.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(run_dir)
-        clear_leftovers(run_dir / "checkpoints")
         save_config(config, run_dir / "config.yaml")
         copy_tokenizer(config, run_dir)
         loggers = build_loggers(config, run_dir, trainer.step, trainer.validated)
@@ -91,52 +106,52 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: P
         progress.note(
             f"{'+'.join(config.model.variants)}, {parameters / 1e6:.2f}M parameters, {where}; run folder {run_dir}"
         )
-        if checkpoint is not None:
-            progress.note(f"goes on from {checkpoint} (step {trainer.step})" + "".join(f"; {line}" for line in changed))
-            if trainer.step >= config.train.steps:
-                progress.note(f"nothing left to train: train.steps={config.train.steps}")
+        for line in _told(start, trainer):
+            progress.note(line)
     try:
         done = trainer.run(run_dir, loggers, progress, stop)
     finally:
-        for each in (reader, *([validator.reader] if validator else [])):
-            each.close()
-        if progress is not None:
-            progress.close()
-        for logger in loggers:
-            logger.close()
-    if engine.is_main:
-        plot_loss(run_dir)
+        for part in [reader, *([validator.reader] if validator else []), *([progress] if progress else []), *loggers]:
+            _despite_failures(part.close)
+    if done and engine.is_main:
+        _despite_failures(partial(plot_loss, run_dir))
     if not done:
         if engine.is_main:
             where = f"saved {trainer.saved}" if trainer.saved else "nothing was trained yet"
             by = stop.received.name if stop.received else "a signal to another process"
-            print(f"stopped by {by}: {where}; the same command goes on from there", file=sys.stderr)
+            told = f"stopped by {by}: {where}; the same command goes on from there"
+            _despite_failures(partial(print, told, file=sys.stderr))
         return INTERRUPTED_EXIT_CODE
     return 0
 
 
-def starting_checkpoint(config: Config, run_dir: Path) -> Path | None:
-    """Where training starts: the run's own newest checkpoint, else the one that `train.resume` names, else nothing."""
-    own, resume = latest_checkpoint(run_dir), config.train.resume
-    if resume == "never" and own is not None:
-        raise ValueError(
-            f"{run_dir} holds {own.name} and train.resume=never would train over it; choose another run.dir or train.resume=auto"
-        )
-    if own is not None or resume in ("auto", "never"):
-        return own
-    return find_checkpoint(resume)
-
-
-def _changes_since(checkpoint: Path | None, config: Config) -> list[str]:
-    """Settings that differ from the checkpoint's, as text. Raises ValueError if the model is another one."""
-    if checkpoint is None:
+def _told(start: Start, trainer: Trainer) -> list[str]:
+    """What a person is told of where the run starts, a line each."""
+    if start.checkpoint is None:
         return []
-    changed = changed_keys(load_config(checkpoint / "config.yaml"), config)
-    model = {k: v for k, v in changed.items() if k.startswith("model.") and k not in _SPEED_ONLY}
-    if model:
-        told = ", ".join(f"{key} is {old} there and {new} here" for key, (old, new) in model.items())
-        raise ValueError(f"{checkpoint} was written by another model: {told}; choose another run.dir")
-    return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if not key.startswith("run.")]
+    if start.weights_only:
+        lines = [f"starts with the weights of {start.checkpoint}; optimizer, step and data from the beginning"]
+    else:
+        lines = [
+            f"goes on from {start.checkpoint} (step {trainer.step})"
+            + ("" if start.data else "; data from the beginning")
+        ]
+    lines += [f"  {change}" for change in start.changes]
+    if trainer.step >= trainer.config.train.steps:
+        lines.append(f"nothing left to train: train.steps={trainer.config.train.steps}")
+    return lines
+
+
+def _despite_failures(call: Callable[[], object]) -> None:
+    """Calls what is of no consequence to the checkpoint, and so to how the run ends: a failure is told."""
+    try:
+        call()
+    except Exception as e:  # whatever matplotlib, TensorBoard or a full disk say
+        with contextlib.suppress(OSError):  # nobody listens any more
+            print(
+                f"warning: {type(e).__name__}: {' '.join(str(e).split())}; the training is not affected",
+                file=sys.stderr,
+            )
 
 
 def check_data_is_set(config: Config) -> None:

@@ -60,6 +60,12 @@ class TrainConfig:
     log_every: int = 10  # steps between printed lines; metrics.jsonl has every step
     on_nan: Literal["stop"] = "stop"
     resume: str = "auto"  # auto: the run's own newest checkpoint; never; or a folder to start from
+    resume_data: bool = (
+        True  # with resume=FOLDER; false: this run's data from the start, with FOLDER's weights, optimizer and step
+    )
+    init_from: str | None = (
+        None  # a run or checkpoint folder whose weights a new run starts with, and nothing else of it
+    )
 
     def __post_init__(self):
         check_fields(self, "train")
@@ -83,6 +89,15 @@ class TrainConfig:
             at_least("train.truncate_state_gradient_every", self.truncate_state_gradient_every, 1)
         if not self.resume:
             raise ValueError("train.resume is empty; legal are auto, never, or a run or checkpoint folder")
+        if self.resume in ("auto", "never") and not self.resume_data:
+            raise ValueError(
+                "train.resume_data=false needs train.resume=FOLDER and a new run.dir: a run goes on with its own data"
+            )
+        if self.resume not in ("auto", "never") and self.init_from is not None:
+            raise ValueError(
+                f"train.resume={self.resume} and train.init_from={self.init_from} are both set; give init_from for the weights "
+                "alone, resume for the optimizer and the step too"
+            )
 
     @property
     def accumulation(self) -> int:

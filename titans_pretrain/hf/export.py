@@ -105,6 +105,8 @@ def export_model(
         files = sorted([*os.listdir(folder), MARKER])
         marker = {"titans_pretrain": version("titans-pretrain"), "files": files}
         (folder / MARKER).write_text(json.dumps(marker, indent=1))
+        for file in files:  # safetensors makes files that only their owner reads; the umask says what these may be
+            shutil.copymode(folder / MARKER, folder / file)
     return out_dir
 
 

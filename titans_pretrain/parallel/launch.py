@@ -53,13 +53,6 @@ def check_agreement(what: dict[str, object]) -> None:
                 )
 
 
-def gather_objects(what: object) -> list:
-    """What each process calls this with, by rank."""
-    found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, what)
-    return found
-
-
 class Watchdog:
     """Ends this process when another one is lost, with one line that says which. Inside `with`; needs the default process group.
 

@@ -25,9 +25,9 @@ class JsonlLogger:
     def __init__(self, path: Path, step: int, validated: int):
         lines = read_metrics(path)
         kept = [line for line in lines if line["step"] <= (validated if "validation_loss" in line else step)]
-        temporary = path.with_name(".writing-" + path.name)
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        from titans_pretrain.checkpoint.store import write_text  # imports torch, which reading metrics does not need
+
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 open as long as the run
 
     def log(self, values: dict) -> None:

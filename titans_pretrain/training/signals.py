@@ -1,5 +1,7 @@
 """A request to stop that lets the current step finish."""
 
+import contextlib
+import os
 import signal
 from types import FrameType
 from typing import Self
@@ -9,7 +11,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Inside `with`, a signal sets `received`; a second SIGINT (Ctrl-C) stops at once."""
+    """Inside `with`, a signal sets `received`, and the first process says so; SIGINT (Ctrl-C) after it stops at once."""
 
     def __init__(self):
         self.received: signal.Signals | None = None
@@ -24,6 +26,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received == signal.SIGINT == number:
+        if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        if self.received is None and os.environ.get("RANK", "0") == "0":
+            name = signal.Signals(number).name
+            told = f"\n{name}: finishes this step and saves a checkpoint; Ctrl-C now stops at once, without one\n"
+            with contextlib.suppress(OSError):  # nobody listens
+                os.write(2, told.encode())  # not print: the signal may have come in the middle of one
+        self.received = self.received or signal.Signals(number)

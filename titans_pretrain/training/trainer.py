@@ -1,6 +1,7 @@
 """The training loop: steps, validation, checkpoints, and when to stop."""
 
 import contextlib
+import logging
 import math
 import resource
 import sys
@@ -10,7 +11,13 @@ from pathlib import Path
 
 import torch
 
-from titans_pretrain.checkpoint import checkpoint_name, load_checkpoint, save_checkpoint
+from titans_pretrain.checkpoint import (
+    DamagedCheckpoint,
+    checkpoint_name,
+    load_checkpoint,
+    load_initial,
+    save_checkpoint,
+)
 from titans_pretrain.config import Config
 from titans_pretrain.data import Stopped
 from titans_pretrain.training.engine import Engine
@@ -20,6 +27,7 @@ from titans_pretrain.training.progress import Progress
 from titans_pretrain.training.signals import StopRequest
 from titans_pretrain.training.validation import Validator
 
+log = logging.getLogger(__name__)
 EMPTY_DRAWS = 1000  # steps whose rows hold no target, one after the other, before a run stops
 
 
@@ -39,14 +47,31 @@ class Trainer:
         self.cursor = reader.state_dict()  # of the data after them
         self.saved: Path | None = None  # the newest checkpoint
 
-    def resume(self, checkpoint: Path) -> None:
-        """Goes on from a checkpoint of this model and data."""
+    def resume(self, checkpoint: Path, data: bool = True) -> None:
+        """Goes on from a checkpoint of this model, whose files have been checked. data: where it stopped reading; else this data
+        from the start."""
         engine = self.engine
-        trainer = load_checkpoint(checkpoint, engine.model, engine.optimizer, engine.tensor_group)
-        self.reader.load_state_dict(trainer["reader"])
+        trainer = load_checkpoint(checkpoint, engine.model, engine.optimizer, engine.tensor_group, checked=True)
+        if data:
+            try:
+                self.reader.load_state_dict(trainer["reader"])
+            except (KeyError, TypeError, AttributeError) as e:
+                raise DamagedCheckpoint(
+                    f"{checkpoint / 'trainer.json'} is damaged: its data cursor is none ({e!r})"
+                ) from e
+            except ValueError as e:
+                raise ValueError(
+                    f"{e}; for a second stage on other data give a new run.dir and train.init_from={checkpoint} (the weights), "
+                    f"or train.resume={checkpoint} train.resume_data=false (the optimizer and the step too)"
+                ) from e
         self.cursor = self.reader.state_dict()
         self.step, self.tokens, self.validated = trainer["step"], trainer["tokens"], trainer["validated"]
         self.saved = checkpoint
+
+    def start_from(self, checkpoint: Path) -> None:
+        """Starts with the weights of a checkpoint, whose files have been checked, and with nothing else of it."""
+        engine = self.engine
+        load_initial(checkpoint, engine.model, engine.optimizer, engine.tensor_group, checked=True)
 
     def run(self, run_dir: Path, loggers: Sequence[Logger], progress: Progress | None, stop: StopRequest) -> bool:
         """Trains up to `train.steps` or a stop request, then saves; whether all is done. Raises ValueError on a loss that
@@ -137,7 +162,10 @@ class Trainer:
         if self.step == 0 or (self.saved and self.saved.name == checkpoint_name(self.step)):
             return
         for logger in loggers:
-            logger.flush()
+            try:
+                logger.flush()
+            except OSError as e:  # lines that may not survive a power cut are no reason to go without a checkpoint
+                log.warning("cannot flush the metrics: %s", e)
         numbers = {"step": self.step, "tokens": self.tokens, "validated": self.validated}
         numbers["reader"] = self.cursor
         engine = self.engine

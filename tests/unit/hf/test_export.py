@@ -54,6 +54,8 @@ def test_weights_config_and_card(model, tokenizer, tmp_path):
         "cache: TitansCache" in (out / "modeling_titans.py").read_text()
     )  # docs/huggingface.md: old folders have none
     assert set(json.loads((out / export.MARKER).read_text())["files"]) == {path.name for path in out.iterdir()}
+    (tmp_path / "plain").touch()  # what the umask gives
+    assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "plain").stat().st_mode}
     assert (out / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
 
 

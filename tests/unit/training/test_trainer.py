@@ -238,10 +238,35 @@ def test_a_signal_during_a_validation_puts_it_off(make_trainer, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_second_ctrl_c_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), StopRequest():
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_the_first_signal_is_answered_at_once_and_ctrl_c_after_it_stops_at_once(capfd, first):
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        os.kill(os.getpid(), first)
+        told = f"\n{first.name}: finishes this step and saves a checkpoint; Ctrl-C now stops at once, without one\n"
+        assert capfd.readouterr().err == told
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == first  # said once, and the first one is what stopped the run
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_signal_is_taken_where_nobody_listens(monkeypatch):
+    monkeypatch.setattr(os, "write", lambda *args: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.received == signal.SIGTERM
+
+
+def test_metrics_that_cannot_be_flushed_do_not_keep_a_checkpoint_from_being_written(make_trainer, tmp_path, caplog):
+    class Full:
+        def flush(self):
+            raise OSError(122, "Disk quota exceeded")
+
+    trainer = make_trainer()
+    trainer.train_step()
+    trainer.save(tmp_path, [Full()])
+    assert latest_checkpoint(tmp_path) == trainer.saved
+    assert "cannot flush the metrics" in caplog.text
 
 
 def test_validation_is_the_mean_over_targets_and_always_the_same_rows(make_trainer):

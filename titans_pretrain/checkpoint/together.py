@@ -1,0 +1,72 @@
+"""What all ranks do at once: where one of them fails, all do."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+
+class DamagedCheckpoint(ValueError):
+    """A file of a checkpoint does not hold what was written into it."""
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def from_all(mine) -> list:
+    """What each rank says, in their order."""
+    if world() == 1:
+        return [mine]
+    told = [None] * world()
+    dist.all_gather_object(told, mine)
+    return told
+
+
+@contextlib.contextmanager
+def together(what: str, advice: str, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Around what all ranks do at once: where one of them fails, all undo it and raise: DamagedCheckpoint as it is, OSError
+    with `what` and `advice` for what the system or torch refuses."""
+    error = None
+    try:
+        yield
+    except dist.DistError:
+        raise  # a rank is lost: there is nobody to agree with
+    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, CheckpointException) as e:
+        error = _cause(e)  # torch has its own ways to say it
+    told = [failed for failed in from_all(error and (isinstance(error, DamagedCheckpoint), _one_line(error))) if failed]
+    if not told:
+        return
+    undo()
+    for damaged, reason in told:
+        if damaged:
+            raise DamagedCheckpoint(reason) from error
+    raise OSError(f"{what}: {told[0][1]}; {advice}") from error
+
+
+def reading(checkpoint: Path):
+    return together(
+        f"cannot read {checkpoint}",
+        f"if it is damaged, go on from an earlier one: write its name into {checkpoint.parent / 'latest'}",
+    )
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The content's or the system's own error where torch's came from one."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    return next((e for e in chain if isinstance(e, (OSError, DamagedCheckpoint))), error)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
