@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,9 +20,11 @@ import numpy as np
 
 from titans_pretrain.data.manifest import token_dtype
 from titans_pretrain.data.tokenizer import DEFINITION, ENTRY, NUCLEOTIDES, TokenizerEntry, read_tokenizer_entry
+from titans_pretrain.data_prep.shards import sync
 
 log = logging.getLogger(__name__)
 
+FILES = (ENTRY, "tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 # Names of control pieces, for kinds that have no names of their own: nothing that a text holds
 CONTROLS = {"unk": "<|titans_unk|>", "bos": "<|titans_bos|>", "eos": "<|titans_eos|>", "pad": "<|titans_pad|>"}
 # A text is a sequence of these: a line's end, or blanks (which sentencepiece writes as U+2581) and what follows them
@@ -63,6 +66,7 @@ class Tokenizer:
             (folder / "tokenizer.json").unlink(missing_ok=True)  # of another tokenizer
             log.warning("%s: written without a Hugging Face form, `titans-pretrain export` will need one", error)
         (folder / ENTRY).write_text(json.dumps(asdict(self.entry), indent=1) + "\n")
+        sync_tokenizer(folder)
 
     def _controls(self) -> set[int]:
         return {i for i in (self.entry.eos_id, self.entry.bos_id, self.entry.pad_id) if i is not None}
@@ -131,7 +135,10 @@ class HuggingFaceTokenizer(Tokenizer):
         from tokenizers import Tokenizer as FastTokenizer
 
         self.definition = definition
-        self._model = FastTokenizer.from_str(definition.decode())
+        try:
+            self._model = FastTokenizer.from_str(definition.decode())
+        except Exception as error:  # the library raises no narrower one
+            raise ValueError(f"not a tokenizer.json ({error})") from None
         self.config = dict(config or {})
         if eos:
             self.config["eos_token"] = eos
@@ -204,6 +211,22 @@ class NucleotideTokenizer(Tokenizer):
         return names[token]
 
 
+def sync_tokenizer(folder: Path) -> None:
+    """Puts a tokenizer folder on disk."""
+    for path in [*(folder / name for name in FILES), folder]:
+        if path.exists():
+            sync(path)
+
+
+def refuse_another(entry: TokenizerEntry, folder: Path) -> None:
+    """Raises ValueError if `folder` holds a tokenizer that is not this one, for `save` would write over it."""
+    held = [name for name in FILES if (folder / name).exists()]
+    with suppress(ValueError):
+        if not held or read_tokenizer_entry(folder) == entry:
+            return
+    raise ValueError(f"{folder} already holds another tokenizer ({held[0]}); choose another folder")
+
+
 def load_tokenizer(path: str | Path, eos: str | None = None) -> Tokenizer:
     """A tokenizer from a folder that `save` wrote, a sentencepiece .model, a tokenizer.json (or a folder with one), or
     by the names `byte` and `nucleotide`. Raises ValueError."""
@@ -230,7 +253,10 @@ def load_tokenizer(path: str | Path, eos: str | None = None) -> Tokenizer:
         ) from None
     if path.suffix == ".json":
         config = path.with_name("tokenizer_config.json")
-        return HuggingFaceTokenizer(definition, json.loads(config.read_text()) if config.exists() else None, eos)
+        try:
+            return HuggingFaceTokenizer(definition, json.loads(config.read_text()) if config.exists() else None, eos)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     try:
         return SentencePieceTokenizer(definition)
     except RuntimeError as error:

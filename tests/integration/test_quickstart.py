@@ -23,7 +23,9 @@ def quickstart(work: Path, *arguments: str) -> subprocess.CompletedProcess:
 def test_every_step_runs_and_the_interrupted_run_is_whole(tmp_path):
     library, work = sysconfig.get_path("stdlib"), tmp_path / "work"
     text = [f"{library}/json/*.py", f"{library}/e*/*.py", "--vocab-size", "512"]
-    done = quickstart(work, *(f"{key}={value}" for key, value in SMALL.items()), "--text", *text)
+    done = quickstart(
+        work, *(f"{key}={value}" for key, value in SMALL.items()), "--prompt", "def __init__(self", "--text", *text
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
     commands = [line.split()[1:3] for line in done.stdout.splitlines() if line.startswith("$ titans-")]

@@ -10,7 +10,7 @@ import torch
 
 from titans_pretrain.checkpoint import clear_leftovers, find_checkpoint, latest_checkpoint
 from titans_pretrain.config import Config, changed_keys, flatten, load_config, save_config
-from titans_pretrain.data import ShardError, build_reader
+from titans_pretrain.data import NoDocuments, ShardError, build_reader
 from titans_pretrain.data.storage import Folder
 from titans_pretrain.data.tokenizer import ENTRY, read_tokenizer_entry
 from titans_pretrain.models import build_model
@@ -62,9 +62,14 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: P
         "segments_per_rank": config.parallel.segments_per_rank,
     }
     reader = build_reader(config, split="train", **place)
-    validator = None
+    validator, without_validation = None, None
     if config.train.eval_every:
-        validator = Validator(build_reader(config, split="validation", epochs=1, **place), config.train.eval_batches)
+        try:
+            validator = Validator(
+                build_reader(config, split="validation", epochs=1, **place), config.train.eval_batches
+            )
+        except NoDocuments as error:
+            without_validation = f"warning: trains without validation: {error}"
     with torch.device("meta"):
         model = build_model(config.model)
     parameters = sum(p.numel() for p in model.parameters())
@@ -86,6 +91,8 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: P
         progress.note(
             f"{'+'.join(config.model.variants)}, {parameters / 1e6:.2f}M parameters, {where}; run folder {run_dir}"
         )
+        if without_validation:
+            progress.note(without_validation)
         if checkpoint is not None:
             progress.note(f"goes on from {checkpoint} (step {trainer.step})" + "".join(f"; {line}" for line in changed))
             if trainer.step >= config.train.steps:

@@ -13,6 +13,10 @@ from titans_pretrain.data.window import Window, windows_of_epoch
 log = logging.getLogger(__name__)
 
 
+class NoDocuments(ValueError):
+    """The split holds nothing."""
+
+
 def open_manifest(folder: Folder) -> Manifest:
     """Reads and checks manifest and tokenizer of a data folder. Raises ValueError."""
     where = folder.describe(MANIFEST)
@@ -56,7 +60,8 @@ class Source:
         self._split, self._seed, self._epochs = split, seed, epochs
         self._skip_bad_shards, self._layout = skip_bad_shards, layout
         if not self.manifest.splits.get(split):
-            raise ValueError(f"{folder.path} has no {split} documents; tokenize it with a larger --validation share")
+            more = "text" if split == "train" else "documents, or with a larger --validation share"
+            raise NoDocuments(f"{folder.path} has no {split} documents; tokenize more {more} into another folder")
         self.epoch, self.window, self.sample = 0, 0, 0
         self._left_out: list[int] = []  # shards that the current window does without, see Window
         self._window: Window | None = None  # opened when it is needed: a resumed run never needs the first one
