@@ -61,7 +61,7 @@ def check(path, options: ReadOptions) -> None:
             assert "\n" not in str(error)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(bytes_strategy, st.sampled_from(NAMES), st.sampled_from(["file", "part", "paragraph", "line"]))
 def test_any_bytes(folder, content, name, unit):
     (folder / name).write_bytes(content)
@@ -79,7 +79,7 @@ def test_a_damaged_table(folder, table, data):
     check(folder / "b.parquet", ReadOptions())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(bytes_strategy.map(lambda line: line.replace(b"\n", b" ")), max_size=6))
 def test_any_lines_are_counted_or_kept(folder, tmp_path_factory, lines):
     """With --skip-bad-records no line stops a run, and each is kept or counted."""
