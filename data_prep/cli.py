@@ -16,8 +16,9 @@ Prepares text for training. In this order:
   tokenize    turns the text into numbers, in a data folder: what training reads (a part of it is held out)
   inspect     shows what is in a data folder
   verify      reads a data folder again and says what is damaged
+  merge       joins data folders, and the parts that several machines tokenized
 
-and merge, where several machines tokenized parts. A command that was interrupted goes on when it is given again.
+A command that was interrupted goes on when it is given again.
 """
 
 EXAMPLES = """\
@@ -78,7 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
         "titans-data", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {titans_pretrain.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    told = "one of the above; `titans-data COMMAND --help` shows its options"
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, help=told)
     _add_tokenizer(commands)
     _add_tokenize(commands)
     _add_merge(commands)
@@ -89,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_command(commands, name: str, text: str, examples: str, run) -> argparse.ArgumentParser:
     parser = commands.add_parser(
-        name, help=text, description=text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+        name, description=text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.set_defaults(run=run)
     return parser

@@ -293,11 +293,12 @@ def test_what_is_no_regular_expression(pattern):
 class Disk:
     """What a power cut would leave: which files' content and which folders' names have been put on disk."""
 
-    def __init__(self, patch, folder: Path):
+    def __init__(self, patch, folder: Path, links: bool = True):
+        """links: whether the disk has hard links."""
         self.folder, self.synced, self.renamed, self.complaints = folder, {}, set(), []
-        self.fsync, self.replace = os.fsync, os.replace
-        patch.setattr(os, "fsync", self._fsync)
-        patch.setattr(os, "replace", self._replace)
+        self.fsync, self.replace, self.link, self.links = os.fsync, os.replace, os.link, links
+        for name in ("fsync", "replace", "link"):
+            patch.setattr(os, name, getattr(self, "_" + name))
 
     def _fsync(self, descriptor):
         self.fsync(descriptor)
@@ -311,6 +312,12 @@ class Disk:
             self.complaints += [f"{target.name} before {name}" for name in self.lost(complete=target.name == MANIFEST)]
         self.replace(source, target)
         self.renamed.add(target.parent.stat().st_ino)
+
+    def _link(self, source, target):
+        self.renamed.add(Path(target).parent.stat().st_ino)
+        if not self.links:
+            raise OSError("another disk")
+        self.link(source, target)
 
     def lost(self, complete: bool) -> list[str]:
         """Of the named files (of all, when complete) those that are not on disk as they are, and folders whose names are not."""
@@ -345,9 +352,7 @@ def test_what_the_manifest_names_is_on_disk_before_it(inputs, tmp_path, monkeypa
     write_lines(tmp_path / "c.jsonl", ["new", "document 3 " + "xyz\n" * 3])
     tokenize([str(tmp_path / "c.jsonl")], TOKENIZER, tmp_path / "c", TokenizeOptions(0.0))
     with monkeypatch.context() as patch:
-        disk = Disk(patch, tmp_path / "all")
-        if not links:
-            patch.setattr(os, "link", lambda *a: (_ for _ in ()).throw(OSError("another disk")))
+        disk = Disk(patch, tmp_path / "all", links)
         disk.synced = {
             path.stat().st_ino: (path.stat().st_size, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.*")
         }
@@ -601,3 +606,13 @@ def test_long_names_and_metadata_fit(tmp_path):
         (name,) = [member.name for member in tar if member.name.endswith("json")]
         assert re.fullmatch(r"\d{6}-\d{9}\.json", name)
         assert json.loads(tar.extractfile(name).read())["source"].endswith("ü.txt")
+
+
+def test_a_file_name_that_is_no_text(tmp_path):
+    """Linux takes any bytes as a name."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / os.fsdecode(b"in/caf\xe9.txt")).write_text("text")
+    tokenize([str(tmp_path / "in")], TOKENIZER, tmp_path / "data", TokenizeOptions(0.0))
+    with tarfile.open(tmp_path / "data" / "train-000000.tar") as tar:
+        metadata = json.loads(tar.extractfile("000000-000000000.json").read())
+    assert metadata["source"] == "caf?.txt"
