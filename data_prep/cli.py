@@ -106,8 +106,8 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         "--documents",
         choices=("auto", "file", "part", "paragraph", "line"),
         default="auto",
-        help="what a document is in a text file; part: paragraphs up to about 4 KiB (default: auto, the file, or its parts where "
-        "files are too few to hold one out)",
+        help="what a document is in a text file; part: paragraphs up to about 4 KiB (default: auto, the file, or its parts "
+        "where files are too few to hold one out)",
     )
     group.add_argument("--separator", metavar="LINE", help="in text files, this line stands between documents")
     group.add_argument("--skip-bad-records", action="store_true", help="count unreadable records instead of stopping")

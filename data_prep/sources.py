@@ -1,6 +1,6 @@
 """Finds input files and streams their documents, never more than one document at a time in memory.
 
-    .txt .md .py ... (anything else)   a file is a document; or its parts, paragraphs, lines, or what stands between separator lines
+    .txt .md .py ... (anything else)   a document is the file, its parts, paragraphs, lines, or what stands between separators
     .jsonl .ndjson .json(l)            one JSON object per line, the text in one field
     .parquet                           the text in one column (FineWeb-Edu's form)
     .fa .fasta .fna                    one sequence per record

@@ -1,9 +1,8 @@
 """The main job end to end, in a few minutes on two CPU cores: `make quickstart`.
 
 Python's own library, or a text of yours (`make quickstart TEXT=my.txt`), becomes a tokenizer and token shards; a small MAG model
-is trained on them, interrupted once and resumed, exported for Hugging Face transformers, loaded there, and completes a line, with
-its cache as without. Every step is a public command, printed before it runs. Everything lands in one folder, which a new start
-replaces.
+is trained on them, interrupted once and resumed, exported for Hugging Face transformers, loaded there, and completes a line,
+with its cache as without. Every step is a public command, printed before it runs. A new start replaces the folder.
 """
 
 import argparse

@@ -9,7 +9,7 @@ FOLDER = next(
 
 
 def find_config(name: str | Path) -> Path:
-    """A file as it is named; else a shipped one by its name, such as tiny, 340m-mag or model/titans-340m; else the name as it is."""
+    """A file as it is named; else a shipped one by its name, such as tiny or model/titans-340m; else the name as it is."""
     shipped = FOLDER / f"{name}.yaml"
     return shipped if not Path(name).is_file() and shipped.is_file() else Path(name)
 

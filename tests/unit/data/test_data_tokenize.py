@@ -320,7 +320,7 @@ class Disk:
         self.link(source, target)
 
     def lost(self, complete: bool) -> list[str]:
-        """Of the named files (of all, when complete) those that are not on disk as they are, and folders whose names are not."""
+        """Of the named files (when complete: all) those that are not on disk as they are, and folders whose names are not."""
         lost = []
         for path in [self.folder, *self.folder.rglob("*")]:
             status = path.stat()
