@@ -139,6 +139,7 @@ def _add_tokenizer(commands) -> None:
 def _tokenizer(options) -> None:
     from pathlib import Path
 
+    from titans_pretrain.data_prep.shards import writing
     from titans_pretrain.data_prep.tokenizer import load_tokenizer, refuse_another
 
     if options.existing:
@@ -149,7 +150,8 @@ def _tokenizer(options) -> None:
         tokenizer = _train(options)
     entry = tokenizer.entry
     refuse_another(entry, Path(options.out))
-    tokenizer.save(options.out)
+    with writing(options.out):
+        tokenizer.save(options.out)
     print(f"{options.out}: {entry.kind}, {entry.vocab_size} ids, eos {entry.eos_id}, {entry.fingerprint[:12]}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from titans_pretrain.data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry
-from titans_pretrain.data_prep.shards import BLOCK, read_metadata, save_index, sha256_of, sync, write_text
+from titans_pretrain.data_prep.shards import BLOCK, read_metadata, save_index, sha256_of, sync, write_text, writing
 from titans_pretrain.data_prep.tokenizer import refuse_another, sync_tokenizer
 
 
@@ -31,7 +31,8 @@ def merge(folders: list[str], out: str | None = None, deduplicate: bool = False)
     manifests = [_manifest_of(part) for part in parts]
     if inside and len({manifest.source["run"] for manifest in manifests}) > 1:
         raise ValueError(f"the parts in {folders[0]} were not all made from the same inputs with the same options")
-    merged = _merge_into(target, parts, manifests, deduplicate)
+    with writing(target):
+        merged = _merge_into(target, parts, manifests, deduplicate)
     if inside and not out:
         for part in parts:
             shutil.rmtree(part)

@@ -145,6 +145,17 @@ def _replaced(path: Path):
     sync(path.parent)
 
 
+@contextmanager
+def writing(folder: str | Path):
+    """A disk that is full, broken or read-only becomes a ValueError."""
+    try:
+        yield
+    except OSError as error:
+        file = f" ({error.filename})" if error.filename else ""
+        told = f"cannot write to {folder}: {error.strerror or error}{file}; mend that and give the same command again"
+        raise ValueError(told) from error
+
+
 def sync(path: Path) -> None:
     """Puts a file's content, or a folder's list of names, on disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -21,7 +21,7 @@ from titans_pretrain.data.manifest import MANIFEST, SPLITS, Manifest
 from titans_pretrain.data_prep.cleaning import CleanOptions
 from titans_pretrain.data_prep.encode import Chunk, encoding
 from titans_pretrain.data_prep.progress import progress_bar
-from titans_pretrain.data_prep.shards import ShardWriter, write_text
+from titans_pretrain.data_prep.shards import ShardWriter, write_text, writing
 from titans_pretrain.data_prep.sources import (
     Documents,
     InputFile,
@@ -206,31 +206,26 @@ def tokenize(
     if n > 1:
         out = out / f"part-{i:05d}-of-{n:05d}"
     new = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with _only_writer(out):
-            if (out / MANIFEST).exists():
-                manifest = _finished(out, Run.identity_of(files, tokenizer, options), options)
-            else:
-                if not (out / PROGRESS).exists():
-                    refuse_another(tokenizer.entry, out / "tokenizer")
-                run = Run(files, tokenizer, out, options)
-                with _tidy_after_failure(run, new):
-                    run.checkpoint()
-                    tokenizer.save(out / "tokenizer")
-                    _work(run, workers, progress, checkpoint_seconds)
-                    manifest = run.finish()
-            for name in (PROGRESS, DIGESTS):  # with a manifest there is nothing to go on from
-                (out / name).unlink(missing_ok=True)
-            return manifest
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to {out}: {error.strerror or error}; mend that and give the same command again"
-        ) from error
+    with writing(out), _only_writer(out):
+        if (out / MANIFEST).exists():
+            manifest = _finished(out, Run.identity_of(files, tokenizer, options), options)
+        else:
+            if not (out / PROGRESS).exists():
+                refuse_another(tokenizer.entry, out / "tokenizer")
+            run = Run(files, tokenizer, out, options)
+            with _tidy_after_failure(run, new):
+                run.checkpoint()
+                tokenizer.save(out / "tokenizer")
+                _work(run, workers, progress, checkpoint_seconds)
+                manifest = run.finish()
+        for name in (PROGRESS, DIGESTS):  # with a manifest there is nothing to go on from
+            (out / name).unlink(missing_ok=True)
+        return manifest
 
 
 @contextmanager
 def _only_writer(out: Path):
+    out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -123,10 +124,16 @@ def test_another_tokenizer_is_not_overwritten(tmp_path):
 def test_a_full_disk_is_one_line(tmp_path):
     """As the kernel does it: no file may pass a size. With room again the same command gives the same bytes."""
     arguments = ["tokenize", SOURCES, "--tokenizer", "byte", "--workers", 1, "--checkpoint-seconds", 0, "--out"]
-    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))}
-    done = run(*arguments, tmp_path / "data", check=False, **limit)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"error: cannot write to {tmp_path}/data: File too large" in done.stderr
+
+    def run_on_full_disk(*arguments):
+        size = 3000 if arguments[0] == "tokenizer" else 3_000_000
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+        done = run(*arguments, check=False, preexec_fn=limit)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f"error: cannot write to {arguments[-1]}: File too large" in done.stderr
+
+    run_on_full_disk("tokenizer", "--kind", "byte", "--out", tmp_path / "tokenizer")
+    run_on_full_disk(*arguments, tmp_path / "data")
     run(*arguments, tmp_path / "data")
     run(*arguments, tmp_path / "whole")
     assert hashes(tmp_path / "data") == hashes(tmp_path / "whole")
