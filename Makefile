@@ -18,8 +18,8 @@ OLDEST_TESTS := tests/unit/hf tests/unit/config tests/unit/data/test_data_tokeni
 
 .PHONY: quickstart install test test-oldest test-all check types format bench clean
 
-quickstart: install  ## raw text to a trained, exported, generating model, in a few minutes
-	@$(BIN)/python scripts/quickstart.py
+quickstart: install  ## raw text to a trained, exported, generating model, in a few minutes; TEXT=my.txt learns from that
+	@$(BIN)/python scripts/quickstart.py $(if $(TEXT),--text $(TEXT)) $(if $(VOCAB_SIZE),--vocab-size $(VOCAB_SIZE))
 
 install: $(STAMP)
 

@@ -5,15 +5,34 @@ import logging
 import os
 import re
 import sys
+from os.path import expanduser  # of paths: a shell leaves the ~ of --out=~/data as it is
 
 import titans_pretrain
 
+DESCRIPTION = """\
+Prepares text for training. In this order:
+
+  tokenizer   learns pieces of words from your text, or takes over a tokenizer that exists
+  tokenize    turns the text into numbers, in a data folder: what training reads (a part of it is held out)
+  inspect     shows what is in a data folder
+  verify      reads a data folder again and says what is damaged
+  merge       joins data folders, and the parts that several machines tokenized
+
+A command that was interrupted goes on when it is given again.
+"""
+
 EXAMPLES = """\
 examples:
-  titans-data tokenizer corpus/*.txt --out tokenizer --vocab-size 32000
-  titans-data tokenize corpus/*.jsonl.zst --tokenizer tokenizer --out data
+  titans-data tokenizer my.txt --out tokenizer --vocab-size 4096       one file, a small vocabulary
+  titans-data tokenize my.txt --tokenizer tokenizer --out data
   titans-data inspect data
+  titans-pretrain train laptop data.path=data                          what comes next
+
+  titans-data tokenizer corpus/*.jsonl.zst --out tokenizer --vocab-size 32000
+  titans-data tokenize corpus/*.jsonl.zst --tokenizer tokenizer --out data
   titans-data verify data
+
+Exit codes: 0 done, 1 verify found damage, 2 something is wrong with what was given (one line says what).
 """
 
 TOKENIZER_EXAMPLES = """\
@@ -43,22 +62,25 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         status = options.run(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # `titans-data inspect data | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
     sys.exit(status or 0)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _parser_of(argparse.ArgumentParser, "titans-data", __doc__.split("\n")[0], EXAMPLES)
+    parser = argparse.ArgumentParser(
+        "titans-data", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {titans_pretrain.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    told = "one of the above; `titans-data COMMAND --help` shows its options"
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, help=told)
     _add_tokenizer(commands)
     _add_tokenize(commands)
     _add_merge(commands)
@@ -67,18 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parser_of(make, name: str, text: str, examples: str) -> argparse.ArgumentParser:
-    return make(
-        prog=name if make is argparse.ArgumentParser else None,
-        description=text,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
 def _add_command(commands, name: str, text: str, examples: str, run) -> argparse.ArgumentParser:
     parser = commands.add_parser(
-        name, help=text, description=text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+        name, description=text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.set_defaults(run=run)
     return parser
@@ -91,9 +104,10 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--field", default="text", help="JSON field or parquet column with the text (default: text)")
     group.add_argument(
         "--documents",
-        choices=("file", "line", "paragraph"),
-        default="file",
-        help="what a document is in a text file (default: the file)",
+        choices=("auto", "file", "part", "paragraph", "line"),
+        default="auto",
+        help="what a document is in a text file; part: paragraphs up to about 4 KiB (default: auto, the file, or its parts "
+        "where files are too few to hold one out)",
     )
     group.add_argument("--separator", metavar="LINE", help="in text files, this line stands between documents")
     group.add_argument("--skip-bad-records", action="store_true", help="count unreadable records instead of stopping")
@@ -107,19 +121,26 @@ def _read_options(options):
 
 def _add_tokenizer(commands) -> None:
     parser = _add_command(commands, "tokenizer", "train or import a tokenizer", TOKENIZER_EXAMPLES, _tokenizer)
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders, globs, URLs or - to train from")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "inputs", nargs="*", type=expanduser, metavar="INPUT", help="files, folders, globs, URLs or - to train from"
+    )
+    parser.add_argument("--out", required=True, type=expanduser, metavar="DIR", help="folder to write")
     parser.add_argument("--kind", choices=("sentencepiece", "byte", "nucleotide"), default="sentencepiece")
     parser.add_argument("--vocab-size", type=int, default=32000, help="pieces to train (default: 32000)")
     parser.add_argument("--sample-lines", type=int, default=400_000, help="lines to train from (default: 400000)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample of lines (default: 0)")
-    parser.add_argument("--from", dest="existing", metavar="PATH", help="an existing .model or tokenizer.json")
+    parser.add_argument(
+        "--from", dest="existing", type=expanduser, metavar="PATH", help="an existing .model or tokenizer.json"
+    )
     parser.add_argument("--eos", metavar="PIECE", help="for --from tokenizer.json: the piece that ends a document")
     _add_reading(parser)
 
 
 def _tokenizer(options) -> None:
-    from titans_pretrain.data_prep.tokenizer import load_tokenizer
+    from pathlib import Path
+
+    from titans_pretrain.data_prep.shards import writing
+    from titans_pretrain.data_prep.tokenizer import load_tokenizer, refuse_another
 
     if options.existing:
         tokenizer = load_tokenizer(options.existing, options.eos)
@@ -127,20 +148,22 @@ def _tokenizer(options) -> None:
         tokenizer = load_tokenizer(options.kind)
     else:
         tokenizer = _train(options)
-    tokenizer.save(options.out)
     entry = tokenizer.entry
+    refuse_another(entry, Path(options.out))
+    with writing(options.out):
+        tokenizer.save(options.out)
     print(f"{options.out}: {entry.kind}, {entry.vocab_size} ids, eos {entry.eos_id}, {entry.fingerprint[:12]}")
 
 
 def _train(options):
     from titans_pretrain.data_prep.progress import progress_bar
-    from titans_pretrain.data_prep.sources import Documents, extract, find_inputs, format_of
+    from titans_pretrain.data_prep.sources import Documents, extract, find_inputs, format_of, unit_chosen
     from titans_pretrain.data_prep.train_tokenizer import sample_lines, train_sentencepiece
 
     if not options.inputs:
         raise ValueError("nothing to train from: give INPUT files, or --from, or --kind byte")
     files = find_inputs(options.inputs, options.suffix)
-    read = _read_options(options)
+    read = unit_chosen(files, _read_options(options), validation=0.0)
     documents = Documents(files, read)
 
     def texts():
@@ -163,10 +186,16 @@ def _train(options):
 def _add_tokenize(commands) -> None:
     parser = _add_command(commands, "tokenize", "turn documents into shards", TOKENIZE_EXAMPLES, _tokenize)
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="files, folders, globs, URLs, or - for standard input"
+        "inputs",
+        nargs="+",
+        type=expanduser,
+        metavar="INPUT",
+        help="files, folders, globs, URLs, or - for standard input",
     )
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder, or `byte`, or `nucleotide`")
-    parser.add_argument("--out", required=True, metavar="DATA_DIR", help="data folder to write")
+    parser.add_argument(
+        "--tokenizer", required=True, type=expanduser, metavar="DIR", help="folder, or `byte`, or `nucleotide`"
+    )
+    parser.add_argument("--out", required=True, type=expanduser, metavar="DATA_DIR", help="data folder to write")
     parser.add_argument("--validation", type=float, default=0.01, help="share of documents held out (default: 0.01)")
     parser.add_argument("--workers", type=int, default=None, help="worker processes (default: one per core)")
     parser.add_argument("--shard-size", type=_size, default="128M", help="size of a tar, as 64M or 1G (default: 128M)")
@@ -219,8 +248,13 @@ def _tokenize(options) -> None:
         checkpoint_seconds=options.checkpoint_seconds,
     )
     _print_totals(manifest)
-    if options.validation and options.shard == (0, 1) and not manifest.splits["validation"]:
-        print("note: no document fell into the validation split; raise --validation", file=sys.stderr)
+    if options.shard == (0, 1):
+        if not any(manifest.splits.values()):
+            print("note: the input holds no document to keep; nothing can be trained from this", file=sys.stderr)
+        elif options.validation and not manifest.splits["validation"]:
+            print(
+                "note: no document was held out for validation; raise --validation into another --out", file=sys.stderr
+            )
 
 
 def _print_totals(manifest) -> None:
@@ -259,8 +293,10 @@ def _add_merge(commands) -> None:
         _merge,
     )
     parser.add_argument("--deduplicate", action="store_true", help="of equal texts keep the first, over all of them")
-    parser.add_argument("folders", nargs="+", metavar="DATA_DIR")
-    parser.add_argument("--out", metavar="DATA_DIR", help="default: the one folder given, whose parts then disappear")
+    parser.add_argument("folders", nargs="+", type=expanduser, metavar="DATA_DIR")
+    parser.add_argument(
+        "--out", type=expanduser, metavar="DATA_DIR", help="default: the one folder given, whose parts then disappear"
+    )
 
 
 def _merge(options) -> None:
@@ -277,7 +313,7 @@ def _add_verify(commands) -> None:
         "examples:\n  titans-data verify data\n  titans-data verify data --quick\n",
         _verify,
     )
-    parser.add_argument("folder", metavar="DATA_DIR")
+    parser.add_argument("folder", type=expanduser, metavar="DATA_DIR")
     parser.add_argument("--quick", action="store_true", help="sizes and index tables only, not the content")
 
 
@@ -300,11 +336,11 @@ def _add_inspect(commands) -> None:
         "  titans-data inspect data --png lengths.png\n",
         _inspect,
     )
-    parser.add_argument("folder", metavar="DATA_DIR")
+    parser.add_argument("folder", type=expanduser, metavar="DATA_DIR")
     parser.add_argument("--split", choices=("train", "validation"), default="train")
     parser.add_argument("--document", type=int, nargs="+", metavar="N", help="show these documents in full")
     parser.add_argument("--sample", type=int, default=3, help="begin of so many documents (default: 3)")
-    parser.add_argument("--png", metavar="FILE", help="draw the histogram of document lengths")
+    parser.add_argument("--png", type=expanduser, metavar="FILE", help="draw the histogram of document lengths")
 
 
 def _inspect(options) -> None:

@@ -55,7 +55,7 @@ def save_huggingface(tokenizer: Tokenizer, folder: Path) -> None:
             f"this {kind} tokenizer has no exact Hugging Face form: ids differ for {differing[0]!r} "
             f"and {len(differing) - 1} more of {len(PROBES)} texts"
         )
-    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_bytes(fast.to_str(pretty=True).encode())
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 

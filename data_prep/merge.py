@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from titans_pretrain.data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry
-from titans_pretrain.data_prep.shards import BLOCK, read_metadata, save_index, sha256_of, write_text
+from titans_pretrain.data_prep.shards import BLOCK, read_metadata, save_index, sha256_of, sync, write_text, writing
+from titans_pretrain.data_prep.tokenizer import refuse_another, sync_tokenizer
 
 
 def merge(folders: list[str], out: str | None = None, deduplicate: bool = False) -> Manifest:
@@ -30,7 +31,8 @@ def merge(folders: list[str], out: str | None = None, deduplicate: bool = False)
     manifests = [_manifest_of(part) for part in parts]
     if inside and len({manifest.source["run"] for manifest in manifests}) > 1:
         raise ValueError(f"the parts in {folders[0]} were not all made from the same inputs with the same options")
-    merged = _merge_into(target, parts, manifests, deduplicate)
+    with writing(target):
+        merged = _merge_into(target, parts, manifests, deduplicate)
     if inside and not out:
         for part in parts:
             shutil.rmtree(part)
@@ -45,14 +47,17 @@ def _merge_into(target: Path, parts: list[Path], manifests: list[Manifest], dedu
     target.mkdir(parents=True, exist_ok=True)
     mark = target / "merge.partial"
     shards = [*target.glob("*-*.tar"), *target.glob("*-*.tar.idx.npy")]
-    if shards and not mark.exists():
-        raise ValueError(f"{target} already holds shards of something else; choose an empty folder")
+    if not mark.exists():
+        refuse_another(tokenizer, target / "tokenizer")
+        if shards:
+            raise ValueError(f"{target} already holds shards of something else; choose an empty folder")
     mark.touch()
     for path in shards:  # of a merge that was killed
         path.unlink()
     seen = set() if deduplicate else None
     splits = {split: _join(parts, manifests, target, split, seen) for split in reversed(SPLITS)}
     shutil.copytree(parts[0] / "tokenizer", target / "tokenizer", dirs_exist_ok=True)
+    sync_tokenizer(target / "tokenizer")
     dropped = Counter()
     for manifest in manifests:
         dropped.update(manifest.source.get("dropped", {}))
@@ -134,6 +139,7 @@ def _write_kept(folder: Path, shard: ShardEntry, keep: np.ndarray, path: Path, i
             source.seek(begin)
             out.write(source.read(end - begin))
         out.write(bytes(2 * BLOCK))
+    sync(path)
     save_index(path.with_name(path.name + ".idx.npy"), rows)
     tokens = int(rows[:, 1].sum()) // item_size
     return ShardEntry(path.name, len(rows), tokens, path.stat().st_size, sha256_of(path))
@@ -145,3 +151,4 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another disk, or one without links
         shutil.copyfile(source, target)
+        sync(target)

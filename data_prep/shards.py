@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tarfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +26,7 @@ def tar_member(name: str, content: bytes) -> bytes:
 def tar_sample(key: str, tokens: np.ndarray, metadata: dict) -> bytes:
     """A document: its tokens, which begin BLOCK bytes into the result, and its metadata."""
     return tar_member(f"{key}.{TOKENS}", tokens.tobytes()) + tar_member(
-        f"{key}.{METADATA}", json.dumps(metadata, ensure_ascii=False).encode()
+        f"{key}.{METADATA}", json.dumps(metadata, ensure_ascii=False).encode(errors="replace")
     )
 
 
@@ -96,40 +97,72 @@ class ShardWriter:
         """Closes the last shard and returns all."""
         if self._rows:
             self._close_shard()
-        for file in (self._tar, self._index):
-            file.close()
-            os.unlink(file.name)
+        self.close()
+        for path in (self._partial, self._partial_index):
+            path.unlink()
         return self.shards
+
+    def close(self) -> None:
+        with self._tar, self._index:  # the second also if the first cannot be
+            pass
 
     def _close_shard(self) -> None:
         name = self._name()
         self._tar.write(bytes(2 * BLOCK))  # the end mark of a tar
         self._tar.close()
         self._index.close()
+        sync(self._partial)
         index = np.fromfile(self._partial_index, "<i8").reshape(-1, 2)
         save_index(self._folder / (name + ".idx.npy"), index)
         size, digest = self._bytes + 2 * BLOCK, sha256_of(self._partial)
         os.replace(self._partial, self._folder / name)
+        sync(self._folder)  # before the index of the open shard begins anew
         self.shards.append(ShardEntry(name, self._rows, self._tokens, size, digest))
         self._tar, self._index = _open_at(self._partial, 0), _open_at(self._partial_index, 0)
         self._bytes = self._rows = self._tokens = 0
 
 
 def save_index(path: Path, index: np.ndarray) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with _replaced(path) as file:
         np.save(file, index)
-    os.replace(partial, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file as a whole, so that no reader ever sees half of it."""
+    """Replaces a file as a whole, so that no reader ever sees half of it; on disk after all that stands beside it."""
+    sync(path.parent)
+    with _replaced(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def _replaced(path: Path):
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    sync(path.parent)
+
+
+@contextmanager
+def writing(folder: str | Path):
+    """A disk that is full, broken or read-only becomes a ValueError."""
+    try:
+        yield
+    except OSError as error:
+        file = f" ({error.filename})" if error.filename else ""
+        told = f"cannot write to {folder}: {error.strerror or error}{file}; mend that and give the same command again"
+        raise ValueError(told) from error
+
+
+def sync(path: Path) -> None:
+    """Puts a file's content, or a folder's list of names, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:

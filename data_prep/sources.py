@@ -1,6 +1,6 @@
 """Finds input files and streams their documents, never more than one document at a time in memory.
 
-    .txt .md .py ... (anything else)   a file is a document; or its lines, paragraphs, or parts between separator lines
+    .txt .md .py ... (anything else)   a document is the file, its parts, paragraphs, lines, or what stands between separators
     .jsonl .ndjson .json(l)            one JSON object per line, the text in one field
     .parquet                           the text in one column (FineWeb-Edu's form)
     .fa .fasta .fna                    one sequence per record
@@ -8,22 +8,26 @@ each also with .gz .zst .bz2 .xz (not .parquet), as file, folder, glob, fsspec U
 """
 
 import glob
-import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+from titans_pretrain.data_prep.compression import decompressed, ending_of
+
+log = logging.getLogger(__name__)
+
 FORMATS = {
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "parquet": (".parquet",),
     "fasta": (".fa", ".fasta", ".fna"),
 }
 STDIN = "-"
+PART_BYTES = 4096  # of a text file: what `--documents part` gathers at least
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class InputFile:
 class ReadOptions:
     format: str | None = None  # text, jsonl, parquet, fasta; None: by suffix
     field: str = "text"  # of JSON objects and parquet tables
-    documents: str = "file"  # of text files: file, line, paragraph
+    documents: str = "file"  # of text files: file, part, paragraph, line, or auto: see `unit_chosen`
     separator: str | None = None  # of text files: a line of its own between documents
 
 
@@ -47,6 +51,7 @@ def find_inputs(inputs: list[str], suffixes: list[str] | None = None) -> list[In
     suffixes: for folders and globs, only files whose name ends with one of these. Raises ValueError if there are none.
     """
     files = []
+    endings = tuple(suffix.lower() for suffix in suffixes or ())
     for path in inputs:
         if path == STDIN:
             found = [InputFile(STDIN, "stdin", 0)]
@@ -67,8 +72,8 @@ def find_inputs(inputs: list[str], suffixes: list[str] | None = None) -> list[In
                 for p in sorted(glob.glob(path, recursive=True))
                 if os.path.isfile(p)
             ]
-        if suffixes:
-            found = [file for file in found if file.path == STDIN or file.name.endswith(tuple(suffixes))]
+        if endings:
+            found = [file for file in found if file.path == STDIN or file.name.lower().endswith(endings)]
         if not found:
             raise ValueError(f"no input files at {path}" + (f" ending in {' '.join(suffixes)}" if suffixes else ""))
         files += found
@@ -96,17 +101,29 @@ def _find_remote(path: str) -> list[InputFile]:
 def format_of(file: InputFile, options: ReadOptions) -> str:
     if options.format:
         return options.format
-    name = file.name
-    for ending in COMPRESSIONS:
-        name = name.removesuffix(ending)
+    name = file.name.lower().removesuffix(ending_of(file.name))
     return next((kind for kind, endings in FORMATS.items() if name.endswith(endings)), "text")
+
+
+def unit_chosen(files: list[InputFile], options: ReadOptions, validation: float) -> ReadOptions:
+    """`documents: auto` settled: a text file is a document, unless the share to hold out is less than one file."""
+    if options.documents != "auto":
+        return options
+    all_text = all(format_of(file, options) == "text" for file in files)
+    if options.separator or not all_text or not 0 < len(files) * validation < 1:
+        return replace(options, documents="file")
+    log.warning(
+        "%d text file%s: read in parts of about %d KiB, so that some can be held out; --documents file keeps a file whole",
+        len(files), "s" * (len(files) > 1), PART_BYTES >> 10,
+    )  # fmt: skip
+    return replace(options, documents="part")
 
 
 class Documents:
     """Iterates the raw documents of many files: (file number, record number, raw document).
 
-    A raw document is bytes (UTF-8 text, a JSON line) or str; `extract` turns it into text, which is left to the
-    worker processes. `bytes_read` says how far it is, in bytes of these files as they lie on disk.
+    A raw document is bytes (UTF-8 text, a JSON line), or None where a table has none; `extract` turns it into text, which
+    is left to the worker processes. `bytes_read` says how far it is, in bytes of these files as they lie on disk.
     """
 
     def __init__(
@@ -127,7 +144,7 @@ class Documents:
                 self._within = self._raw.tell()
         return self._before + self._within
 
-    def __iter__(self) -> Iterator[tuple[int, int, bytes | str]]:
+    def __iter__(self) -> Iterator[tuple[int, int, bytes | None]]:
         skip = self._first_record
         for number in self._numbers:
             file = self.files[number]
@@ -136,17 +153,17 @@ class Documents:
                     if record >= skip:
                         yield number, record, raw
             except (OSError, EOFError) as error:
-                raise ValueError(f"cannot read {file.path}: {error}") from error
+                raise ValueError(f"cannot read {file.path}: {' '.join(str(error).split())}") from error
             skip = 0
             self._before, self._within = self._before + file.size, 0
 
-    def _read(self, file: InputFile) -> Iterator[bytes | str]:
+    def _read(self, file: InputFile) -> Iterator[bytes | None]:
         kind = format_of(file, self.options)
         with _open(file.path) as self._raw:
             if kind == "parquet":
                 yield from self._read_parquet(file)
                 return
-            stream = _decompressed(self._raw, file.name)
+            stream = decompressed(self._raw, file.name)
             if kind == "text" and self.options.documents == "file" and not self.options.separator:
                 yield stream.read()
             elif kind == "jsonl":
@@ -156,33 +173,51 @@ class Documents:
             else:
                 yield from _text_parts(stream, self.options)
 
-    def _read_parquet(self, file: InputFile) -> Iterator[str]:
+    def _read_parquet(self, file: InputFile) -> Iterator[bytes | None]:
         import pyarrow
         from pyarrow import parquet
 
+        field = self.options.field
         try:
             table = parquet.ParquetFile(self._raw)
-            if self.options.field not in table.schema_arrow.names:
-                names = ", ".join(table.schema_arrow.names)
-                raise ValueError(f"{file.path} has no column {self.options.field!r}, only {names}; see --field")
-            for batch in table.iter_batches(batch_size=1024, columns=[self.options.field], use_threads=False):
-                yield from (text or "" for text in batch.column(0).to_pylist())
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"cannot read {file.path}: {error}") from None
+            names = table.schema_arrow.names
+            if field in names:
+                for batch in table.iter_batches(batch_size=1024, columns=[field], use_threads=False):
+                    yield from _texts_of(batch.column(0))
+                return
+        except (pyarrow.ArrowException, ValueError) as error:
+            raise OSError(error) from None
+        raise ValueError(f"{file.path} has no column {field!r}, only {', '.join(names)}; see --field")
 
 
-def extract(raw: bytes | str, kind: str, field: str) -> str:
+def _texts_of(column) -> list[bytes | None]:
+    """The values of an Arrow array as bytes, whose UTF-8 nobody has checked yet; None for what is no text."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if str(column.type).removeprefix("large_") not in ("string", "string_view", "binary", "binary_view", "null"):
+        return [None] * len(column)
+    return [value or b"" for value in column.cast(pyarrow.large_binary()).to_pylist()]
+
+
+def extract(raw: bytes | None, kind: str, field: str) -> str:
     """Text of a raw document. Raises ValueError if it is not UTF-8, not JSON, or lacks the field."""
+    if raw is None:
+        raise ValueError(f"column {field!r} holds no text; --field names another")
     if kind == "jsonl":
         import json
 
-        value = json.loads(raw)
+        try:
+            value = json.loads(raw)
+        except RecursionError:
+            raise ValueError("JSON nested too deeply") from None
         if not isinstance(value, dict) or not isinstance(value.get(field), str):
             raise ValueError(f"no text in field {field!r}")
         text = value[field]
         text.encode()  # JSON may hold half a surrogate pair, which is no text
         return text
-    return raw if isinstance(raw, str) else raw.decode()
+    return raw.decode()
 
 
 def _open(path: str) -> BinaryIO:
@@ -195,27 +230,6 @@ def _open(path: str) -> BinaryIO:
     return open(path, "rb", buffering=1 << 20)
 
 
-def _decompressed(raw: BinaryIO, name: str) -> BinaryIO:
-    if name.endswith(".gz"):
-        import gzip
-
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
-    if name.endswith(".zst"):
-        import zstandard
-
-        # a file may hold several frames: what pzstd and `cat a.zst b.zst` make
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 1 << 20)
-    if name.endswith(".bz2"):
-        import bz2
-
-        return bz2.BZ2File(raw)
-    if name.endswith(".xz"):
-        import lzma
-
-        return lzma.LZMAFile(raw)
-    return raw
-
-
 def _text_parts(stream: BinaryIO, options: ReadOptions) -> Iterator[bytes]:
     if options.separator:
         end = options.separator.encode()
@@ -225,6 +239,9 @@ def _text_parts(stream: BinaryIO, options: ReadOptions) -> Iterator[bytes]:
 
     elif options.documents == "paragraph":
         is_end = bytes.isspace
+    elif options.documents == "part":
+        yield from _gathered_paragraphs(stream)
+        return
     else:
         yield from (line.rstrip(b"\r\n") for line in stream)
         return
@@ -235,6 +252,22 @@ def _text_parts(stream: BinaryIO, options: ReadOptions) -> Iterator[bytes]:
         elif part:
             yield b"".join(part).rstrip(b"\r\n")
             part = []
+    if part:
+        yield b"".join(part).rstrip(b"\r\n")
+
+
+def _gathered_paragraphs(stream: BinaryIO) -> Iterator[bytes]:
+    """Paragraphs until they are PART_BYTES together; where no blank line comes, lines until they are four times that."""
+    part: list[bytes] = []
+    size = 0
+    for line in stream:
+        blank = line.isspace()
+        if part or not blank:
+            part.append(line)
+            size += len(line)
+        if size >= (PART_BYTES if blank else 4 * PART_BYTES):
+            yield b"".join(part).rstrip(b"\r\n")
+            part, size = [], 0
     if part:
         yield b"".join(part).rstrip(b"\r\n")
 

@@ -8,58 +8,34 @@ how far it is (`progress.json`); started again after a kill it goes on from ther
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
-import re
-import threading
+import shutil
 import time
 from bisect import bisect_left
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from titans_pretrain.data.manifest import MANIFEST, SPLITS, Manifest
+from titans_pretrain.data_prep.cleaning import CleanOptions
+from titans_pretrain.data_prep.encode import Chunk, encoding
 from titans_pretrain.data_prep.progress import progress_bar
-from titans_pretrain.data_prep.shards import ShardWriter, tar_sample, write_text
-from titans_pretrain.data_prep.sources import Documents, InputFile, ReadOptions, extract, find_inputs, format_of
-from titans_pretrain.data_prep.tokenizer import Tokenizer, load_tokenizer
+from titans_pretrain.data_prep.shards import ShardWriter, write_text, writing
+from titans_pretrain.data_prep.sources import (
+    Documents,
+    InputFile,
+    ReadOptions,
+    find_inputs,
+    unit_chosen,
+)
+from titans_pretrain.data_prep.tokenizer import Tokenizer, refuse_another
 
 PROGRESS = "progress.json"
 DIGESTS = "digests.partial"
 CHUNK_BYTES = 1 << 20  # of raw documents, the work of one task
 CHUNK_DOCUMENTS = 4096
 CHECKPOINT_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class CleanOptions:
-    """Which documents are kept. Lengths in characters, shares of characters."""
-
-    deduplicate: bool = False  # the first of several equal texts stays
-    min_characters: int = 1
-    max_characters: int | None = None
-    min_letters: float = 0.0  # share of letters, digits and blanks
-    must_match: str | None = None  # regular expressions, searched anywhere in the text
-    must_not_match: str | None = None
-    skip_bad_records: bool = False  # records that cannot be read: count them instead of stopping
-
-    def reason_to_drop(self, text: str) -> str | None:
-        if len(text) < self.min_characters or not text:
-            return "too_short"
-        if self.max_characters is not None and len(text) > self.max_characters:
-            return "too_long"
-        if self.min_letters and sum(c.isalnum() or c.isspace() for c in text) < self.min_letters * len(text):
-            return "few_letters"
-        if self.must_match and not re.search(self.must_match, text):
-            return "no_match"
-        if self.must_not_match and re.search(self.must_not_match, text):
-            return "match"
-        return None
 
 
 @dataclass(frozen=True)
@@ -70,63 +46,6 @@ class TokenizeOptions:
     suffixes: tuple[str, ...] = ()
     read: ReadOptions = field(default_factory=ReadOptions)
     clean: CleanOptions = field(default_factory=CleanOptions)
-
-
-@dataclass
-class Chunk:
-    """Finished tar members of consecutive documents."""
-
-    blob: bytes
-    ends: list[int]  # of each document in blob
-    token_bytes: list[int]
-    digests: list[bytes]
-    dropped: Counter
-    text_bytes: int
-
-
-class ChunkEncoder:
-    """Turns raw documents into tar members; lives in every worker process."""
-
-    def __init__(self, tokenizer: Tokenizer, files: list[InputFile], options: TokenizeOptions):
-        self.tokenizer, self.files, self.options = tokenizer, files, options
-        self._eos = np.array(tokenizer.entry.eos_id, tokenizer.dtype)
-        self.kinds = [format_of(file, options.read) for file in files]
-
-    def __call__(self, chunk: list[tuple[int, int, bytes | str]]) -> Chunk:
-        result = Chunk(b"", [], [], [], Counter(), 0)
-        members = []
-        size = 0
-        clean, field_name = self.options.clean, self.options.read.field
-        for number, record, raw in chunk:
-            try:
-                text = extract(raw, self.kinds[number], field_name)
-            except ValueError as error:
-                if not clean.skip_bad_records:
-                    raise ValueError(
-                        f"{self.files[number].path}, record {record}: {error}; --skip-bad-records would leave it out"
-                    ) from None
-                result.dropped["bad_record"] += 1
-                continue
-            if reason := clean.reason_to_drop(text):
-                result.dropped[reason] += 1
-                continue
-            encoded = text.encode()
-            digest = hashlib.blake2b(encoded, digest_size=16)
-            tokens = np.append(self.tokenizer.encode(text), self._eos)
-            metadata = {
-                "source": self.files[number].name,
-                "record": record,
-                "characters": len(text),
-                "blake2b": digest.hexdigest(),
-            }
-            members.append(tar_sample(f"{number:06d}-{record:09d}", tokens, metadata))
-            size += len(members[-1])
-            result.ends.append(size)
-            result.token_bytes.append(tokens.nbytes)
-            result.digests.append(digest.digest())
-            result.text_bytes += len(encoded)
-        result.blob = b"".join(members)
-        return result
 
 
 class Run:
@@ -150,8 +69,9 @@ class Run:
     @staticmethod
     def identity_of(files: list[InputFile], tokenizer: Tokenizer, options: TokenizeOptions) -> str:
         """A hash of all that the result depends on, the same for all parts of a job array: only the same run may go on
-        where another stopped."""
-        whole = asdict(replace(options, part=(0, 1)))
+        where another stopped. With or without skip_bad_records it is the same until a record is bad."""
+        clean = replace(options.clean, skip_bad_records=False)
+        whole = asdict(replace(options, part=(0, 1), clean=clean))
         described = json.dumps([whole, [asdict(file) for file in files], tokenizer.entry.fingerprint])
         return hashlib.sha256(described.encode()).hexdigest()
 
@@ -161,8 +81,13 @@ class Run:
             if any(self.out.glob("*-*.tar")):
                 raise ValueError(f"{self.out} already holds shards of something else; choose an empty folder")
             return {}
-        state = json.loads(path.read_text())
-        if state["identity"] != self.identity:
+        try:
+            state = json.loads(path.read_text())
+        except ValueError:
+            raise ValueError(f"{path} is damaged; remove {self.out} and start again") from None
+        if not any(split["shards"] or split["bytes"] for split in state["splits"].values()):
+            return {}  # nothing is lost, whatever it was
+        if not _is_same_run(self.identity, self.options, state["identity"], state["dropped"]):
             raise ValueError(
                 f"{self.out} holds an unfinished run with other inputs, options or tokenizer; "
                 "repeat that command, or remove the folder"
@@ -209,6 +134,13 @@ class Run:
         }
         write_text(self.out / PROGRESS, json.dumps(state))
 
+    def close(self) -> None:
+        """After a failure: what is not on disk is done again."""
+        for file in (*self.writers.values(), self._seen):
+            if file is not None:
+                with suppress(OSError):  # of a full disk
+                    file.close()
+
     def finish(self) -> Manifest:
         splits = {split: writer.finish() for split, writer in self.writers.items()}
         source = {
@@ -242,6 +174,9 @@ class _DigestSet:
         self._file.write(digest)
         return True
 
+    def close(self) -> None:
+        self._file.close()
+
     def checkpoint(self) -> int:
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -265,31 +200,61 @@ def tokenize(
     Raises ValueError for inputs, options and records that cannot be used.
     """
     files = find_inputs(inputs, list(options.suffixes))
+    options = replace(options, read=unit_chosen(files, options.read, options.validation))
     out = Path(out)
     i, n = options.part
     if n > 1:
         out = out / f"part-{i:05d}-of-{n:05d}"
+    new = not out.exists()
+    with writing(out), _only_writer(out):
+        if (out / MANIFEST).exists():
+            manifest = _finished(out, Run.identity_of(files, tokenizer, options), options)
+        else:
+            if not (out / PROGRESS).exists():
+                refuse_another(tokenizer.entry, out / "tokenizer")
+            run = Run(files, tokenizer, out, options)
+            with _tidy_after_failure(run, new):
+                run.checkpoint()
+                tokenizer.save(out / "tokenizer")
+                _work(run, workers, progress, checkpoint_seconds)
+                manifest = run.finish()
+        for name in (PROGRESS, DIGESTS):  # with a manifest there is nothing to go on from
+            (out / name).unlink(missing_ok=True)
+        return manifest
+
+
+@contextmanager
+def _only_writer(out: Path):
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {out}") from None
-        if (out / MANIFEST).exists():
-            manifest = Manifest.from_json((out / MANIFEST).read_text(), str(out / MANIFEST))
-            if manifest.source.get("run") != Run.identity_of(files, tokenizer, options):
-                raise ValueError(
-                    f"{out} is a finished data folder of other inputs, options or tokenizer; choose another"
-                )
-        else:
-            run = Run(files, tokenizer, out, options)
-            tokenizer.save(out / "tokenizer")
-            run.checkpoint()
-            _work(run, workers, progress, checkpoint_seconds)
-            manifest = run.finish()
-        for name in (PROGRESS, DIGESTS):  # with a manifest there is nothing to go on from
-            (out / name).unlink(missing_ok=True)
-        return manifest
+        yield
+
+
+def _finished(out: Path, identity: str, options: TokenizeOptions) -> Manifest:
+    manifest = Manifest.from_json((out / MANIFEST).read_text(), str(out / MANIFEST))
+    if not _is_same_run(identity, options, manifest.source.get("run"), manifest.source.get("dropped", {})):
+        raise ValueError(f"{out} is a finished data folder of other inputs, options or tokenizer; choose another")
+    return manifest
+
+
+def _is_same_run(identity: str, options: TokenizeOptions, noted: str | None, dropped: dict) -> bool:
+    return identity == noted and (options.clean.skip_bad_records or not dropped.get("bad_record"))
+
+
+@contextmanager
+def _tidy_after_failure(run: Run, new: bool):
+    """A failed run that wrote no document leaves no folder, if the folder is new."""
+    try:
+        yield
+    except (ValueError, OSError):
+        run.close()
+        if new and not run.tokens:
+            shutil.rmtree(run.out)
+        raise
 
 
 def _work(run: Run, workers: int, progress: bool, checkpoint_seconds: float) -> None:
@@ -298,7 +263,9 @@ def _work(run: Run, workers: int, progress: bool, checkpoint_seconds: float) -> 
     saved = time.monotonic()
     with (
         progress_bar(total, disable=not progress) as bar,
-        _pool(run, workers) as encode,
+        encoding(
+            workers, run.tokenizer, run.out / "tokenizer", run.files, run.options.read, run.options.clean
+        ) as encode,
     ):
         began, before = time.monotonic(), run.tokens
         for chunk, count, end, bytes_read in encode(_chunks(run, documents)):
@@ -317,65 +284,12 @@ def _chunks(run: Run, documents: Documents):
     for number, record, raw in documents:
         if run.mine(record):
             chunk.append((number, record, raw))
-            size += len(raw)
+            size += len(raw or b"")
         end = (number, record + 1)
         if size >= CHUNK_BYTES or len(chunk) >= CHUNK_DOCUMENTS:
             yield chunk, end, documents.bytes_read
             chunk, size = [], 0
     yield chunk, end, documents.bytes_read
-
-
-@contextmanager
-def _pool(run: Run, workers: int):
-    """A function that encodes chunks, in their order, in worker processes or here."""
-    if workers == 0:
-        encoder = ChunkEncoder(run.tokenizer, run.files, run.options)
-        yield lambda chunks: ((encoder(chunk), len(chunk), end, read) for chunk, end, read in chunks)
-        return
-
-    def encode(chunks):
-        waiting = deque()
-        for chunk, end, read in chunks:
-            waiting.append((pool.submit(_encode, chunk), len(chunk), end, read))
-            if len(waiting) > 2 * workers:  # what is read ahead stays bounded
-                future, *rest = waiting.popleft()
-                yield future.result(), *rest
-        for future, *rest in waiting:
-            yield future.result(), *rest
-
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),  # fork is unsafe once pyarrow or a progress bar has threads
-        _start_worker,
-        (run.out / "tokenizer", run.files, run.options),
-    )
-    try:
-        yield encode
-    except BrokenProcessPool:
-        raise ValueError(
-            "a worker process died, perhaps for lack of memory; run the same command again, with fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_encoder: ChunkEncoder  # of this worker process
-
-
-def _start_worker(tokenizer: Path, files: list[InputFile], options: TokenizeOptions) -> None:
-    global _encoder
-    _encoder = ChunkEncoder(load_tokenizer(tokenizer), files, options)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # a killed parent cannot tell its workers, and they would wait for work for ever
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _encode(chunk) -> Chunk:
-    return _encoder(chunk)
 
 
 def files_of_part(files: list[InputFile], part: tuple[int, int]) -> tuple[range, tuple[int, int]]:

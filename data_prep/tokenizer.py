@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,9 +20,11 @@ import numpy as np
 
 from titans_pretrain.data.manifest import token_dtype
 from titans_pretrain.data.tokenizer import DEFINITION, ENTRY, NUCLEOTIDES, TokenizerEntry, read_tokenizer_entry
+from titans_pretrain.data_prep.shards import sync
 
 log = logging.getLogger(__name__)
 
+FILES = (ENTRY, "tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 # Names of control pieces, for kinds that have no names of their own: nothing that a text holds
 CONTROLS = {"unk": "<|titans_unk|>", "bos": "<|titans_bos|>", "eos": "<|titans_eos|>", "pad": "<|titans_pad|>"}
 # A text is a sequence of these: a line's end, or blanks (which sentencepiece writes as U+2581) and what follows them
@@ -63,6 +66,7 @@ class Tokenizer:
             (folder / "tokenizer.json").unlink(missing_ok=True)  # of another tokenizer
             log.warning("%s: written without a Hugging Face form, `titans-pretrain export` will need one", error)
         (folder / ENTRY).write_text(json.dumps(asdict(self.entry), indent=1) + "\n")
+        sync_tokenizer(folder)
 
     def _controls(self) -> set[int]:
         return {i for i in (self.entry.eos_id, self.entry.bos_id, self.entry.pad_id) if i is not None}
@@ -131,7 +135,10 @@ class HuggingFaceTokenizer(Tokenizer):
         from tokenizers import Tokenizer as FastTokenizer
 
         self.definition = definition
-        self._model = FastTokenizer.from_str(definition.decode())
+        try:
+            self._model = FastTokenizer.from_str(definition.decode())
+        except Exception as error:  # the library raises no narrower one
+            raise ValueError(f"not a tokenizer.json ({error})") from None
         self.config = dict(config or {})
         if eos:
             self.config["eos_token"] = eos
@@ -202,6 +209,22 @@ class NucleotideTokenizer(Tokenizer):
     def piece(self, token: int) -> str | None:
         names = [*NUCLEOTIDES, CONTROLS["eos"], CONTROLS["bos"], CONTROLS["pad"]]
         return names[token]
+
+
+def sync_tokenizer(folder: Path) -> None:
+    """Puts a tokenizer folder on disk."""
+    for path in [*(folder / name for name in FILES), folder]:
+        if path.exists():
+            sync(path)
+
+
+def refuse_another(entry: TokenizerEntry, folder: Path) -> None:
+    """Raises ValueError if `folder` holds a tokenizer that is not this one, for `save` would write over it."""
+    held = [name for name in FILES if (folder / name).exists()]
+    with suppress(ValueError):
+        if not held or read_tokenizer_entry(folder) == entry:
+            return
+    raise ValueError(f"{folder} already holds another tokenizer ({held[0]}); choose another folder")
 
 
 def load_tokenizer(path: str | Path, eos: str | None = None) -> Tokenizer:

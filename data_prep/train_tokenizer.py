@@ -58,7 +58,9 @@ def train_sentencepiece(lines: list[str], vocab_size: int) -> SentencePieceToken
             pad_id=3,
         )
     except RuntimeError as error:
-        raise ValueError(
-            f"cannot train {vocab_size} pieces from {len(lines)} lines; lower --vocab-size or give more text ({error})"
-        ) from None
+        told = str(error).rpartition("] ")[2]  # without the line of its source
+        advice = (
+            "raise --vocab-size" if vocab_size < 1 or "smaller than" in told else "lower --vocab-size or give more text"
+        )
+        raise ValueError(f"cannot train {vocab_size} pieces from {len(lines)} lines; {advice} ({told})") from None
     return SentencePieceTokenizer(model.getvalue())

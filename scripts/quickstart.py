@@ -1,8 +1,8 @@
 """The main job end to end, in a few minutes on two CPU cores: `make quickstart`.
 
-Python's own library becomes a tokenizer and token shards; a small MAG model is trained on them, interrupted once and resumed,
-exported for Hugging Face transformers, loaded there, and completes a line of Python, with its cache as without. Every step is a
-public command, printed before it runs. Everything lands in one folder, which a new start replaces.
+Python's own library, or a text of yours (`make quickstart TEXT=my.txt`), becomes a tokenizer and token shards; a small MAG model
+is trained on them, interrupted once and resumed, exported for Hugging Face transformers, loaded there, and completes a line,
+with its cache as without. Every step is a public command, printed before it runs. A new start replaces the folder.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 INTERRUPTED = 85  # exit code of a training that saved a checkpoint and stopped
-PROMPT = "def __init__(self"
+PROMPT, TEXT_PROMPT = "def __init__(self", "The"
 
 GENERATE = """
 import sys
@@ -52,22 +52,24 @@ def main() -> None:
     parser.add_argument(
         "--text",
         nargs="+",
-        default=[f"{library}/*.py", f"{library}/[a-r]*/*.py"],
         metavar="PATTERN",
         help="files to learn from (default: modules and packages a to r of Python's library)",
     )
+    parser.add_argument("--prompt", help=f"what the model completes (default: {PROMPT!r}, with --text {TEXT_PROMPT!r})")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over configs/quickstart.yaml")
     args = parser.parse_intermixed_args()
     try:
-        quickstart(args.work, args.text, args.vocab_size, args.overrides)
+        text = args.text or [f"{library}/*.py", f"{library}/[a-r]*/*.py"]
+        prompt = args.prompt or (TEXT_PROMPT if args.text else PROMPT)
+        quickstart(args.work, text, prompt, args.vocab_size, args.overrides)
     except subprocess.CalledProcessError as e:
         sys.exit(f"\nerror: {Path(e.cmd[0]).name} ended with exit code {e.returncode}; what it said stands above")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def quickstart(work: Path, text: list[str], vocab_size: int, overrides: list[str]) -> None:
+def quickstart(work: Path, text: list[str], prompt: str, vocab_size: int, overrides: list[str]) -> None:
     started = time.monotonic()
     if work.exists():
         if not (work / ".quickstart").is_file() and any(work.iterdir()):
@@ -80,7 +82,7 @@ def quickstart(work: Path, text: list[str], vocab_size: int, overrides: list[str
     tokenizer, data, run, exported = (str(work / name) for name in ("tokenizer", "data", "run", "exported"))
     print(f"The commands below are in {BIN}: run them by name after `source {BIN}/activate`.")
 
-    say("A tokenizer from real text: the sources of Python's library.")
+    say(f"A tokenizer from real text: {' '.join(text)}.")
     command("titans-data", "tokenizer", *text, "--vocab-size", str(vocab_size), "--out", tokenizer)
 
     say("The same text as shards of tokens, three documents in a hundred held out.")
@@ -100,10 +102,10 @@ def quickstart(work: Path, text: list[str], vocab_size: int, overrides: list[str
     script = work / "generate.py"
     script.write_text(GENERATE + "\n")
     print(f"\n$ cat {script}\n{GENERATE}")
-    command("python", str(script), exported, PROMPT)
+    command("python", str(script), exported, prompt)
 
     say("The same without transformers.")
-    command("titans-pretrain", "generate", run, "--prompt", PROMPT, "--max-new-tokens", "64", "--temperature", "0.7")
+    command("titans-pretrain", "generate", run, "--prompt", prompt, "--max-new-tokens", "64", "--temperature", "0.7")
 
     say(f"What came out, {(time.monotonic() - started) / 60:.1f} minutes after the start.")
     command("titans-pretrain", "report", run)

@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("config", metavar="CONFIG", help="YAML file")
+    sub.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one, such as tiny")
     sub.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. model.variant=mac"
     )

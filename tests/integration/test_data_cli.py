@@ -1,12 +1,15 @@
 """`titans-data` as its users run it: as a process."""
 
+import glob
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,6 +86,59 @@ def test_standard_input(tmp_path):
     assert "two" in run("inspect", tmp_path / "d", "--document", 1).stdout
 
 
+def test_one_text_file_is_enough(tmp_path):
+    """A first corpus: the README's commands, from one file to rows of both splits."""
+    (tmp_path / "my.txt").write_text("".join(Path(path).read_text() for path in sorted(glob.glob(SOURCES))))
+    run("tokenizer", "my.txt", "--out", "tokenizer", "--vocab-size", 1000, cwd=tmp_path)
+    done = run("tokenize", "my.txt", "--tokenizer", "tokenizer", "--out", "data", cwd=tmp_path)
+    assert done.stderr.count("\n") == 1 and "1 text file: read in parts" in done.stderr
+    splits = json.loads((tmp_path / "data" / "manifest.json").read_text())["splits"]
+    assert splits["validation"]["documents"] > 0 and splits["train"]["documents"] > 100
+
+
+def test_home_is_expanded(tmp_path):
+    """A shell leaves the ~ of --out=~/data alone, and of what is quoted."""
+    (tmp_path / "a.txt").write_text("text")
+    home = {"env": {**os.environ, "HOME": str(tmp_path)}, "cwd": tmp_path}
+    run("tokenizer", "--kind", "byte", "--out=~/tokenizer", **home)
+    run("tokenize", "~/*.txt", "--tokenizer=~/tokenizer", "--out=~/a", "--documents", "file", "--validation", 0, **home)
+    run("merge", "~/a", "~/a", "--out=~/all", **home)
+    assert "2 documents" in run("inspect", "~/all", "--png=~/lengths.png", **home).stdout
+    run("verify", "~/all", **home)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "tokenizer", "a", "all", "lengths.png"}
+
+
+def test_another_tokenizer_is_not_overwritten(tmp_path):
+    run("tokenizer", "--kind", "byte", "--out", tmp_path)
+    before = hashes(tmp_path)
+    refused = run("tokenizer", "--kind", "nucleotide", "--out", tmp_path, check=False)
+    assert refused.returncode == 2 and "already holds another tokenizer" in refused.stderr
+    run("tokenizer", "--kind", "byte", "--out", tmp_path)
+    assert hashes(tmp_path) == before
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "tokenizer.json").write_text("precious")
+    assert run("tokenizer", "--kind", "byte", "--out", tmp_path / "theirs", check=False).returncode == 2
+    assert (tmp_path / "theirs" / "tokenizer.json").read_text() == "precious"
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """As the kernel does it: no file may pass a size. With room again the same command gives the same bytes."""
+    arguments = ["tokenize", SOURCES, "--tokenizer", "byte", "--workers", 1, "--checkpoint-seconds", 0, "--out"]
+
+    def run_on_full_disk(*arguments):
+        size = 3000 if arguments[0] == "tokenizer" else 3_000_000
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+        done = run(*arguments, check=False, preexec_fn=limit)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f"error: cannot write to {arguments[-1]}: File too large" in done.stderr
+
+    run_on_full_disk("tokenizer", "--kind", "byte", "--out", tmp_path / "tokenizer")
+    run_on_full_disk(*arguments, tmp_path / "data")
+    run(*arguments, tmp_path / "data")
+    run(*arguments, tmp_path / "whole")
+    assert hashes(tmp_path / "data") == hashes(tmp_path / "whole")
+
+
 def test_job_array(tmp_path):
     """Four parts at the same time, then merged: as many tokens as in one run."""
     arguments = ["tokenize", SOURCES, "--tokenizer", "byte", "--out", tmp_path / "d", "--workers", 1]
@@ -150,6 +206,11 @@ def test_kill_and_go_on(tokenizer, tmp_path, workers):
         (["tokenize", "/no/such", "--tokenizer", "byte", "--out", "{out}"], "no input files at /no/such"),
         (["tokenize", __file__, "--tokenizer", "/no/such", "--out", "{out}"], "no tokenizer at /no/such"),
         (["tokenize", __file__, "--tokenizer", "byte", "--out", "{out}", "--validation", "2"], "--validation"),
+        (["tokenize", __file__, "--tokenizer", "byte", "--out", "{out}", "--must-match", "("], "no regular expression"),
+        (["tokenize", __file__, "--tokenizer", "byte", "--out", "/proc/no"], "cannot write to /proc/no"),
+        (["tokenize", __file__, "--tokenizer", __file__ + ".json", "--out", "{out}"], "no tokenizer at"),
+        (["tokenizer", __file__, "--vocab-size", "100", "--out", "{out}"], "raise --vocab-size"),
+        (["tokenizer", "--kind", "byte", "--out", "/proc/no"], "/proc/no"),
         (["tokenizer", "--out", "{out}"], "nothing to train from"),
         (["verify", "{out}"], "no manifest"),
         (["inspect", "{out}"], "manifest.json"),
@@ -180,6 +241,9 @@ def test_damage_exits_with_one(tmp_path):
 def test_help_has_examples_and_loads_nothing_heavy(command):
     out = run(*command, "--help").stdout
     assert "examples:" in out and "titans-data" in out
+    if not command:  # in the order in which they are used
+        order = [out.index(f"\n  {name} ") for name in ("tokenizer", "tokenize", "inspect", "verify")]
+        assert order == sorted(order)
     code = (
         "import sys\nfrom titans_pretrain.data_prep.cli import main\n"
         f"try: main({[*command, '--help']!r})\nexcept SystemExit: pass\n"

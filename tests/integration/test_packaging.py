@@ -19,6 +19,7 @@ FOLDERS = {
     "titans_pretrain": "titans_pretrain",
     "kernels": "titans_pretrain.kernels",
     "data_prep": "titans_pretrain.data_prep",
+    "configs": "titans_pretrain.configs",
 }
 
 BOTH = """
@@ -30,11 +31,11 @@ print(os.path.dirname(titans_pretrain.__file__))
 
 
 def installed_names() -> dict[str, Path]:
-    """{path inside the wheel: source} of every Python file."""
+    """{path inside the wheel: source} of every Python file and every config."""
     return {
         package.replace(".", "/") + "/" + path.relative_to(ROOT / folder).as_posix(): path
         for folder, package in FOLDERS.items()
-        for path in (ROOT / folder).rglob("*.py")
+        for path in (ROOT / folder).rglob("*.yaml" if folder == "configs" else "*.py")
     }
 
 
@@ -59,14 +60,14 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_every_folder_with_python_files_is_a_listed_package():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {os.path.dirname(name).replace("/", ".") for name in installed_names()}
+    found = {os.path.dirname(name).replace("/", ".") for name in installed_names() if name.endswith(".py")}
     assert found <= set(listed), "add these to `packages` in pyproject.toml"
     assert set(listed) <= found | set(FOLDERS.values()), "these listed packages hold no Python file"
 
 
 def test_the_wheel_holds_every_file_under_its_import_name(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        inside = {name for name in archive.namelist() if name.endswith(".py")}
+        inside = {name for name in archive.namelist() if name.endswith((".py", ".yaml"))}
     assert inside == set(installed_names())
 
 
@@ -83,6 +84,7 @@ def test_the_installed_wheel_and_hugging_face_kernels_do_not_hide_each_other(whe
     assert Path(run(python, "-c", BOTH, cwd=elsewhere).strip()) == packages / "titans_pretrain"
     for command in ("titans-pretrain", "titans-data"):
         assert f"usage: {command}" in run(environment / "bin" / command, "--help", cwd=elsewhere)
+    assert "mag" in run(environment / "bin" / "titans-pretrain", "plan", "340m-mag", cwd=elsewhere)
 
 
 def test_neither_is_hidden_in_the_repository_itself():

@@ -21,9 +21,11 @@ def quickstart(work: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_every_step_runs_and_the_interrupted_run_is_whole(tmp_path):
-    library, work = sysconfig.get_path("stdlib"), tmp_path / "work"
-    text = [f"{library}/json/*.py", f"{library}/e*/*.py", "--vocab-size", "512"]
-    done = quickstart(work, *(f"{key}={value}" for key, value in SMALL.items()), "--text", *text)
+    library, work = Path(sysconfig.get_path("stdlib")), tmp_path / "work"
+    sources = [*library.glob("json/*.py"), *library.glob("e*/*.py")]
+    (tmp_path / "my.txt").write_text("".join(path.read_text() for path in sources))  # one file, as a first corpus is
+    options = ["--vocab-size", "512", "--prompt", "def __init__(self", "--text", "my.txt"]
+    done = quickstart(work, *(f"{key}={value}" for key, value in SMALL.items()), *options)
     assert done.returncode == 0, done.stdout + done.stderr
 
     commands = [line.split()[1:3] for line in done.stdout.splitlines() if line.startswith("$ titans-")]

@@ -14,7 +14,7 @@ from titans_pretrain.checkpoint import clear_leftovers, latest_checkpoint
 from titans_pretrain.checkpoint.store import atomic_folder
 from titans_pretrain.checkpoint.together import from_all, rank
 from titans_pretrain.config import Config, flatten, save_config
-from titans_pretrain.data import ShardError, build_reader, open_manifest
+from titans_pretrain.data import NoDocuments, ShardError, build_reader, open_manifest
 from titans_pretrain.data.storage import Folder
 from titans_pretrain.data.tokenizer import DEFINITION, ENTRY, read_tokenizer_entry
 from titans_pretrain.models import build_model
@@ -81,11 +81,14 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start)
         "pinned": mesh.device.type == "cuda",
     }
     reader = build_reader(config, split="train", stopped=lambda: stop.received is not None, **place)
-    validator = None
+    validator, without_validation = None, None
     if config.train.eval_every:
         rows = config.train.eval_batches * config.train.micro_batch  # of all processes: the loss is that of one process
-        validation = build_reader(config, split="validation", epochs=1, rows=rows, **place)
-        validator = Validator(validation, config.train.eval_batches)
+        try:
+            validation = build_reader(config, split="validation", epochs=1, rows=rows, **place)
+            validator = Validator(validation, config.train.eval_batches)
+        except NoDocuments as error:
+            without_validation = f"warning: trains without validation: {error}"
     with torch.device("meta"):
         model = build_model(config.model)
     parameters = sum(p.numel() for p in model.parameters())
@@ -106,6 +109,8 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start)
         progress.note(
             f"{'+'.join(config.model.variants)}, {parameters / 1e6:.2f}M parameters, {where}; run folder {run_dir}"
         )
+        if without_validation:
+            progress.note(without_validation)
         for line in _told(start, trainer):
             progress.note(line)
     try:

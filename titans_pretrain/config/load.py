@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 
 from titans_pretrain.config.schema import CONFIG_VERSION, Config
+from titans_pretrain.config.shipped import find_config, shipped_names
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -23,7 +24,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    path = Path(path)
+    path = find_config(path)
     try:
         merged = OmegaConf.merge(_read(path), _parse_overrides(overrides))
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
@@ -207,6 +208,8 @@ def _near_files(path: Path) -> str:
     found = list(dict.fromkeys(p for n in near for p, stem in names.items() if stem == n))
     if found:
         return f"; near names: {', '.join(found)}"
+    if path.suffix != ".yaml":
+        return f"; by name there are {', '.join(shipped_names())}"
     return f"; {path.parent} holds {', '.join(list(names)[:8])}" if names else ""
 
 

@@ -1,12 +1,13 @@
 from titans_pretrain.data.manifest import Manifest
 from titans_pretrain.data.reader import Batch, Reader, Stopped, build_reader
-from titans_pretrain.data.source import open_manifest
+from titans_pretrain.data.source import NoDocuments, open_manifest
 from titans_pretrain.data.statistics import unigram_counts, unigram_entropy
 from titans_pretrain.data.storage import ShardError
 
 __all__ = [
     "Batch",
     "Manifest",
+    "NoDocuments",
     "Reader",
     "ShardError",
     "Stopped",

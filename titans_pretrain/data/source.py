@@ -21,6 +21,10 @@ log = logging.getLogger(__name__)
 Gather = Callable[[Any], list]
 
 
+class NoDocuments(ValueError):
+    """The split holds nothing."""
+
+
 def alone(what: Any) -> list:
     """The Gather of one process."""
     return [what]
@@ -94,7 +98,8 @@ class Source:
         self._split, self._seed, self._epochs = split, seed, epochs
         self._skip_bad_shards, self._layout, self._gather = skip_bad_shards, layout, gather
         if not self.manifest.splits.get(split):
-            raise ValueError(f"{folder.path} has no {split} documents; tokenize it with a larger --validation share")
+            more = "text" if split == "train" else "documents, or with a larger --validation share"
+            raise NoDocuments(f"{folder.path} has no {split} documents; tokenize more {more} into another folder")
         self.epoch, self.window, self.sample = 0, 0, 0
         self._left_out: list[int] = []  # shards that the current window does without, see Window
         self._window: Window | None = None  # opened when it is needed: a resumed run never needs the first one

@@ -11,7 +11,16 @@ import sys
 import pytest
 import zstandard
 
-from titans_pretrain.data_prep.sources import Documents, ReadOptions, extract, find_inputs, format_of
+from titans_pretrain.data_prep.sources import (
+    PART_BYTES,
+    Documents,
+    InputFile,
+    ReadOptions,
+    extract,
+    find_inputs,
+    format_of,
+    unit_chosen,
+)
 
 TEXT_DEFAULTS = ReadOptions()
 TEXTS = ["first", "zweites\nDokument", "третий", "4 🙂\n\nend\n"]
@@ -44,19 +53,15 @@ def test_jsonl(tmp_path, ending):
     assert read(find_inputs([str(path)])) == TEXTS
 
 
-@pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_concatenated_compressed_files(tmp_path, ending):
-    path = tmp_path / f"a.jsonl{ending}"
-    path.write_bytes(b"".join(COMPRESS[ending](jsonl([text])) for text in TEXTS))
-    assert read(find_inputs([str(path)])) == TEXTS
-
-
 def test_jsonl_field(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS, "content"))
     assert read(find_inputs([str(tmp_path)]), ReadOptions(field="content")) == TEXTS
 
 
-@pytest.mark.parametrize("line", ['{"text": 1}', '{"other": "x"}', "[]", '{"text": "half', r'{"text": "\ud800"}'])
+DEEP = '{"text": "x", "n": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize("line", [DEEP, '{"text": 1}', '{"other": "x"}', "[]", '{"text": "half', r'{"text": "\ud800"}'])
 def test_bad_json_record(line):
     with pytest.raises(ValueError):
         extract(line.encode(), "jsonl", "text")
@@ -79,9 +84,44 @@ def test_parquet(tmp_path):
         read(files)
 
 
+@pytest.mark.parametrize("values", [[1, 2], [["a"], ["b"]], [{"x": "a"}], [True], [1.5]])
+def test_parquet_column_that_is_no_text(tmp_path, values):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+    files = find_inputs([str(tmp_path)])
+    assert [raw for _, _, raw in Documents(files, ReadOptions())] == [None] * len(values)
+    with pytest.raises(ValueError, match="column 'text' holds no text; --field"):
+        read(files)
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "large_binary", "dictionary"])
+def test_parquet_text_of_every_type(tmp_path, kind):
+    """Also what says that it is UTF-8 and is not: the record is bad, not the file."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    good = pyarrow.array(["ok", None, "é"])
+    column = good.dictionary_encode() if kind == "dictionary" else good.cast(getattr(pyarrow, kind)())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert read(find_inputs([str(tmp_path)])) == ["ok", "", "é"]
+    bad = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"\xff\xfe", b"ok"]).buffers())
+    parquet.write_table(pyarrow.table({"text": bad}), tmp_path / "a.parquet")
+    assert [raw for _, _, raw in Documents(find_inputs([str(tmp_path)]), ReadOptions())] == [b"\xff\xfe", b"ok"]
+
+
+@pytest.mark.parametrize("name", ["A.JSONL", "a.Jsonl.GZ", "a.NDJSON.Zst"])
+def test_suffixes_in_any_case(tmp_path, name):
+    ending = "." + name.split(".")[2].lower() if name.count(".") > 1 else ""
+    (tmp_path / name).write_bytes(COMPRESS[ending](jsonl(TEXTS)))
+    assert read(find_inputs([str(tmp_path)], [".jsonl", ".jsonl.gz", ".ndjson.zst"])) == TEXTS
+
+
 @pytest.mark.parametrize(
     "options, expected",
     [
+        (ReadOptions(documents="part"), ["a\nb\n\nc\n---\nd"]),
         (ReadOptions(), ["a\nb\n\nc\n---\nd\n"]),
         (ReadOptions(documents="line"), ["a", "b", "", "c", "---", "d"]),
         (ReadOptions(documents="paragraph"), ["a\nb", "c\n---\nd"]),
@@ -91,6 +131,41 @@ def test_parquet(tmp_path):
 def test_text(tmp_path, options, expected):
     (tmp_path / "a.txt").write_text("a\nb\n\nc\n---\nd\n")
     assert read(find_inputs([str(tmp_path)]), options) == expected
+
+
+def test_parts_are_whole_paragraphs_and_lose_no_line(tmp_path):
+    paragraphs = [f"{i} " + "word " * (i * 7 % 150) + "\nsecond line" for i in range(200)]
+    (tmp_path / "a.txt").write_text("\n\n" + "\n\n\n".join(paragraphs) + "\n")
+    parts = read(find_inputs([str(tmp_path)]), ReadOptions(documents="part"))
+    assert [p for part in parts for p in part.split("\n\n\n")] == paragraphs
+    sizes = [len(part.encode()) for part in parts]
+    assert min(sizes[:-1]) >= PART_BYTES - 1 and max(sizes) < PART_BYTES + 900
+
+
+def test_parts_without_blank_lines_end_at_a_line(tmp_path):
+    lines = [f"line {i}" for i in range(5000)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    parts = read(find_inputs([str(tmp_path)]), ReadOptions(documents="part"))
+    assert "\n".join(parts) == "\n".join(lines)
+    assert all(4 * PART_BYTES - 1 <= len(part) < 4 * PART_BYTES + 10 for part in parts[:-1])
+
+
+@pytest.mark.parametrize(
+    "names, validation, asked, unit",
+    [
+        (["a.txt"], 0.01, "auto", "part"),
+        (["a.txt"] * 99, 0.01, "auto", "part"),
+        (["a.txt"] * 100, 0.01, "auto", "file"),
+        (["a.txt"], 0.0, "auto", "file"),  # nothing is to be held out
+        (["a.txt", "b.jsonl"], 0.01, "auto", "file"),  # its lines are documents enough
+        (["a.txt"], 0.01, "file", "file"),
+        (["a.txt"] * 100, 0.01, "paragraph", "paragraph"),
+    ],
+)
+def test_what_a_document_is_where_nobody_says(names, validation, asked, unit, caplog):
+    files = [InputFile(name, name, 1) for name in names]
+    assert unit_chosen(files, ReadOptions(documents=asked), validation).documents == unit
+    assert ("--documents file" in caplog.text) == (unit != asked and unit == "part")  # a choice is told
 
 
 def test_fasta(tmp_path):

@@ -1,7 +1,9 @@
 """Shards: what is in them, and that neither workers nor interruptions change a byte."""
 
+import errno
 import hashlib
 import json
+import os
 import pkgutil
 import re
 import tarfile
@@ -20,6 +22,12 @@ from titans_pretrain.data_prep.tokenizer import ByteTokenizer, load_tokenizer
 from titans_pretrain.data_prep.verify import verify
 
 TOKENIZER = ByteTokenizer()
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """Nothing here cuts the power: who waits for the disk is seen by its calls."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def texts_of(folder: Path, split: str) -> list[str]:
@@ -187,13 +195,193 @@ def test_finished_run_is_left_alone(inputs, tmp_path):
         tokenize([str(inputs[0])], TOKENIZER, tmp_path / "data", TokenizeOptions())
 
 
+def dies_at(patch, name: str, call: int):
+    """Kills at the given call of a method of Run, before it does anything."""
+    calls = Counter()
+    original = pkgutil.resolve_name(f"titans_pretrain.data_prep.tokenize.Run.{name}")
+
+    def dying(*arguments):
+        calls[name] += 1
+        if calls[name] == call:
+            raise Killed
+        return original(*arguments)
+
+    patch.setattr(f"titans_pretrain.data_prep.tokenize.Run.{name}", dying)
+
+
 def test_run_with_other_options_does_not_go_on(inputs, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr("titans_pretrain.data_prep.tokenize.Run.append", lambda *a: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            tokenize([str(inputs[0])], TOKENIZER, tmp_path / "data", TokenizeOptions(**SMALL))
+    monkeypatch.setattr("titans_pretrain.data_prep.tokenize.CHUNK_BYTES", 500)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dies_at(patch, "append", 3)
+        tokenize([str(inputs[0])], TOKENIZER, tmp_path / "data", TokenizeOptions(**SMALL), checkpoint_seconds=0)
     with pytest.raises(ValueError, match="unfinished run with other"):
         tokenize([str(inputs[0])], TOKENIZER, tmp_path / "data", TokenizeOptions())
+
+
+def test_a_killed_run_that_wrote_nothing_stands_in_nobodys_way(inputs, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dies_at(patch, "append", 1)
+        tokenize([str(inputs[0])], TOKENIZER, tmp_path / "data", TokenizeOptions(**SMALL))
+    tokenize([str(inputs[0])], TOKENIZER, tmp_path / "data", TokenizeOptions())
+    assert len(texts_of(tmp_path / "data", "train")) + len(texts_of(tmp_path / "data", "validation")) == 200
+
+
+BAD_THIRD = ["a" * 400, "b" * 400, None, "c" * 400, None]  # None: a record that cannot be read
+
+
+def write_with_bad(path: Path, texts) -> list[str]:
+    path.write_text("".join("{\n" if text is None else json.dumps({"text": text}) + "\n" for text in texts))
+    return [str(path)]
+
+
+@pytest.mark.parametrize("chunk", [100, 1 << 20])  # with one document on disk before the bad one, and with none
+def test_the_advice_to_skip_works_in_the_same_folder(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("titans_pretrain.data_prep.tokenize.CHUNK_BYTES", chunk)
+    paths = write_with_bad(tmp_path / "a.jsonl", BAD_THIRD)
+    out = tmp_path / "data"
+    with pytest.raises(ValueError, match=r"a\.jsonl, record 2: .*--skip-bad-records"):
+        tokenize(paths, TOKENIZER, out, TokenizeOptions(0.0), checkpoint_seconds=0)
+    assert out.exists() == (chunk == 100)
+    skip = TokenizeOptions(0.0, clean=CleanOptions(skip_bad_records=True))
+    manifest = tokenize(paths, TOKENIZER, out, skip)
+    tokenize(paths, TOKENIZER, tmp_path / "whole", skip)
+    assert manifest.source["dropped"] == {"bad_record": 2}
+    assert hashes(out) == hashes(tmp_path / "whole")
+    with pytest.raises(ValueError, match="choose another"):  # without skipping this is not what comes out
+        tokenize(paths, TOKENIZER, out, TokenizeOptions(0.0))
+
+
+def test_a_run_that_skipped_does_not_go_on_without_skipping(tmp_path, monkeypatch):
+    monkeypatch.setattr("titans_pretrain.data_prep.tokenize.CHUNK_BYTES", 100)
+    paths = write_with_bad(tmp_path / "a.jsonl", BAD_THIRD)
+    skip = TokenizeOptions(0.0, clean=CleanOptions(skip_bad_records=True))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dies_at(patch, "append", 4)
+        tokenize(paths, TOKENIZER, tmp_path / "data", skip, checkpoint_seconds=0)
+    with pytest.raises(ValueError, match="unfinished run with other"):
+        tokenize(paths, TOKENIZER, tmp_path / "data", TokenizeOptions(0.0))
+
+
+def test_a_failed_run_takes_nothing_of_others_along(tmp_path):
+    paths = write_with_bad(tmp_path / "a.jsonl", [None])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.txt").write_text("precious")
+    with pytest.raises(ValueError, match="record 0"):
+        tokenize(paths, TOKENIZER, tmp_path / "data", TokenizeOptions(0.0))
+    assert (tmp_path / "data" / "notes.txt").read_text() == "precious"
+
+
+def test_another_tokenizer_is_not_overwritten(inputs, tmp_path):
+    load_tokenizer("nucleotide").save(tmp_path / "tokenizer")
+    before = hashes(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="already holds another tokenizer"):
+        tokenize([str(inputs[0])], TOKENIZER, tmp_path)
+    tokenize([str(inputs[0])], TOKENIZER, tmp_path / "a", TokenizeOptions(0.0))
+    with pytest.raises(ValueError, match="already holds another tokenizer"):
+        merge([str(tmp_path / "a")] * 2, str(tmp_path))
+    assert hashes(tmp_path / "tokenizer") == before
+
+
+@pytest.mark.parametrize("pattern", ["(", "[a-", "*"])
+def test_what_is_no_regular_expression(pattern):
+    with pytest.raises(ValueError, match="--must-match .* is no regular expression"):
+        CleanOptions(must_match=pattern)
+    with pytest.raises(ValueError, match="--must-not-match"):
+        CleanOptions(must_not_match=pattern)
+
+
+class Disk:
+    """What a power cut would leave: which files' content and which folders' names have been put on disk."""
+
+    def __init__(self, patch, folder: Path, links: bool = True):
+        """links: whether the disk has hard links."""
+        self.folder, self.synced, self.renamed, self.complaints = folder, {}, set(), []
+        self.fsync, self.replace, self.link, self.links = os.fsync, os.replace, os.link, links
+        for name in ("fsync", "replace", "link"):
+            patch.setattr(os, name, getattr(self, "_" + name))
+
+    def _fsync(self, descriptor):
+        self.fsync(descriptor)
+        status = os.fstat(descriptor)
+        self.synced[status.st_ino] = (status.st_size, status.st_mtime_ns)
+        self.renamed.discard(status.st_ino)
+
+    def _replace(self, source, target):
+        target = Path(target)
+        if target.name in (MANIFEST, "progress.json"):
+            self.complaints += [f"{target.name} before {name}" for name in self.lost(complete=target.name == MANIFEST)]
+        self.replace(source, target)
+        self.renamed.add(target.parent.stat().st_ino)
+
+    def _link(self, source, target):
+        self.renamed.add(Path(target).parent.stat().st_ino)
+        if not self.links:
+            raise OSError("another disk")
+        self.link(source, target)
+
+    def lost(self, complete: bool) -> list[str]:
+        """Of the named files (when complete: all) those that are not on disk as they are, and folders whose names are not."""
+        lost = []
+        for path in [self.folder, *self.folder.rglob("*")]:
+            status = path.stat()
+            if path.is_dir():
+                if status.st_ino in self.renamed or (complete and status.st_ino not in self.synced):
+                    lost.append(path.name)
+            elif path.name not in (".lock", "merge.partial") and (complete or path.suffix in (".tar", ".npy")):
+                size = self.synced.get(status.st_ino, (None, None))
+                if (
+                    size != (status.st_size, status.st_mtime_ns)
+                    and ".partial" not in path.name
+                    and path.name != "progress.json"
+                ):
+                    lost.append(path.name)
+        return lost
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_the_manifest_names_is_on_disk_before_it(inputs, tmp_path, monkeypatch, links):
+    """Files, then folders, then the manifest, and its folder after it; the same for each note of progress."""
+    monkeypatch.setattr("titans_pretrain.data_prep.tokenize.CHUNK_BYTES", 500)
+    for name in "ab":
+        with monkeypatch.context() as patch:
+            disk = Disk(patch, tmp_path / name)
+            options = TokenizeOptions(**SMALL, clean=CleanOptions(deduplicate=True))
+            manifest = tokenize([str(inputs[0])], TOKENIZER, tmp_path / name, options, checkpoint_seconds=0)
+            assert len(manifest.splits["train"]) > 3
+            assert disk.complaints == [] and disk.lost(complete=True) == []
+    write_lines(tmp_path / "c.jsonl", ["new", "document 3 " + "xyz\n" * 3])
+    tokenize([str(tmp_path / "c.jsonl")], TOKENIZER, tmp_path / "c", TokenizeOptions(0.0))
+    with monkeypatch.context() as patch:
+        disk = Disk(patch, tmp_path / "all", links)
+        disk.synced = {
+            path.stat().st_ino: (path.stat().st_size, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.*")
+        }
+        merge([str(tmp_path / name) for name in "abc"], str(tmp_path / "all"), deduplicate=True)
+        assert disk.complaints == [] and disk.lost(complete=True) == []
+
+
+@pytest.mark.parametrize("call", [1, 4, 40])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(inputs, tmp_path, monkeypatch, call):
+    monkeypatch.setattr("titans_pretrain.data_prep.tokenize.CHUNK_BYTES", 500)
+    options, out, calls = TokenizeOptions(**SMALL), tmp_path / "data", Counter()
+    tokenize([str(inputs[0])], TOKENIZER, tmp_path / "whole", options)
+    original = os.fsync
+
+    def full(descriptor):
+        calls["fsync"] += 1
+        if calls["fsync"] >= call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(descriptor)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match=r"cannot write to .*data: No space left") as told,
+    ):
+        patch.setattr(os, "fsync", full)
+        tokenize([str(inputs[0])], TOKENIZER, out, options, checkpoint_seconds=0)
+    assert "\n" not in str(told.value)
+    tokenize([str(inputs[0])], TOKENIZER, out, options)
+    assert hashes(out) == hashes(tmp_path / "whole")
 
 
 def test_foreign_shards_are_not_overwritten(inputs, tmp_path):
@@ -418,3 +606,13 @@ def test_long_names_and_metadata_fit(tmp_path):
         (name,) = [member.name for member in tar if member.name.endswith("json")]
         assert re.fullmatch(r"\d{6}-\d{9}\.json", name)
         assert json.loads(tar.extractfile(name).read())["source"].endswith("ü.txt")
+
+
+def test_a_file_name_that_is_no_text(tmp_path):
+    """Linux takes any bytes as a name."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / os.fsdecode(b"in/caf\xe9.txt")).write_text("text")
+    tokenize([str(tmp_path / "in")], TOKENIZER, tmp_path / "data", TokenizeOptions(0.0))
+    with tarfile.open(tmp_path / "data" / "train-000000.tar") as tar:
+        metadata = json.loads(tar.extractfile("000000-000000000.json").read())
+    assert metadata["source"] == "caf?.txt"
