@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -50,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _as_settings(options: Sequence[str]) -> str:
+def _as_settings(arguments: Sequence[str]) -> str:
     """What settings that were given as options look like: key=value."""
     meant = []
-    for option in options:
-        name, _, value = option.partition("=")
-        if option.startswith("-") and (key := nearest_key(name.lstrip("-").replace("-", "_"))):
-            meant.append(f"{key}={value or 'VALUE'}")
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="-"):
+        name, _, value = argument.partition("=")
+        if argument.startswith("-") and (key := nearest_key(name.lstrip("-").replace("-", "_"))):
+            meant.append(f"{key}={value or ('VALUE' if following.startswith('-') else following)}")
     return f"; settings have no dashes: {' '.join(meant)}" if meant else ""
 
 

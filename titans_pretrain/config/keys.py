@@ -12,7 +12,7 @@ from titans_pretrain.config.schema import Config
 @dataclasses.dataclass(frozen=True)
 class Key:
     default: typing.Any  # as a file says it: null where the value follows from others
-    meaning: str
+    meaning: str  # with the legal values, where they are few
 
 
 @cache
@@ -28,7 +28,9 @@ def _keys_of(cls: type, at: str) -> Iterator[tuple[str, Key]]:
             yield from _keys_of(hints[field.name], f"{at}{field.name}.")
         else:
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-            yield at + field.name, Key(default, field.metadata["meaning"])
+            legal = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
+            told = f" ({', '.join(map(str, legal))})" if len(legal) > 1 else ""
+            yield at + field.name, Key(default, field.metadata["meaning"] + told)
 
 
 def add_defaults(values: dict) -> None:

@@ -28,6 +28,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, refer
     """
     path = None if path is None else Path(path)
     file = {} if path is None else _read(path)
+    parse_overrides(overrides)  # what is no override at all
 
     def build(texts: Sequence[str]) -> Config:
         if not references:
@@ -37,20 +38,19 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, refer
     try:
         return build(overrides)
     except ValueError as e:
-        raise ValueError(f"{_blamed(build, overrides, str(e)) or path or 'defaults'}: {e}") from e
+        raise ValueError(f"{_blamed(build, overrides, str(e)) or path or 'defaults'}: {_one_line(e)}") from e
 
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes every key with its value, so that `load_config(path)` gives the same config."""
     from omegaconf import OmegaConf
 
-    values = _map_texts(dataclasses.asdict(config), _escape)
+    values = _map_texts(dataclasses.asdict(config), escape)
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(values)))  # it quotes what its loader takes for a number
 
 
-def parse_overrides(overrides: Sequence[str]) -> dict:
+def parse_overrides(overrides: Sequence[str]) -> list[dict]:
     """The nested dicts that `key=value` texts stand for. Raises ValueError naming the text that is not of that form."""
-    import yaml
     from omegaconf import OmegaConf
 
     parsed = []
@@ -58,10 +58,10 @@ def parse_overrides(overrides: Sequence[str]) -> dict:
         if not all(text.partition("=")[:2]):
             raise ValueError(f"override {text!r} is not of the form key=value, e.g. train.lr=1e-3")
         try:
-            parsed.append(OmegaConf.from_dotlist([text]))
-        except yaml.YAMLError as e:
+            parsed.append(OmegaConf.to_container(OmegaConf.from_dotlist([text])))
+        except Exception as e:  # of YAML and omegaconf, which name no common one
             raise ValueError(f"the value of override {text!r} is not valid YAML: {_one_line(e)}") from e
-    return OmegaConf.to_container(OmegaConf.merge(*parsed)) if parsed else {}
+    return parsed
 
 
 @cache
@@ -112,21 +112,19 @@ def _flatten(values: dict, prefix: str = "") -> dict:
 def _build(file: dict, name: str | None, overrides: Sequence[str]) -> Config:
     """The config of a file's values and overrides. Raises ValueError that says what is wrong, not where it stands."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     try:
-        merged = OmegaConf.merge(file, parse_overrides(overrides))
+        merged = OmegaConf.merge(file, *parse_overrides(overrides))
         given, whole = OmegaConf.to_container(merged), OmegaConf.to_container(merged)
         if name and isinstance(run := whole.setdefault("run", {}), dict):
             run |= {"name": run.get("name") or name, "dir": run.get("dir") or "runs/${run.name}"}
         add_defaults(whole)  # for references to them
         whole = OmegaConf.to_container(OmegaConf.create(whole), resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, TypeError) as e:
-        told = _first_line(e)
+    except Exception as e:  # as above
+        told = _one_line(e)
         if isinstance(e, TypeError) or "ListConfig" in told:  # a list meets a mapping, as omegaconf 2.4 and 2.3 say it
             told += ": an override cannot reach into a list, give all of it, as 'model.pattern=[mag, lmm]'"
-        key = getattr(e, "full_key", None)
-        raise ValueError(f"{key}: {told}" if key else told) from e
+        raise ValueError(told) from e
     config = from_dict(_only(given, whole))
     if name:
         config.run.name = config.run.name or name
@@ -154,7 +152,7 @@ def _blamed(build: Callable[[Sequence[str]], Config], overrides: Sequence[str], 
         return None
 
     blamed = [repr(text) for text in dict.fromkeys(overrides) if error_without(text) != error]
-    return f"override {' and '.join(blamed)}" if blamed else ""
+    return f"override{'s' * (len(blamed) > 1)} {' and '.join(blamed)}" if blamed else ""
 
 
 def _map_texts(values, change: Callable[[str], str]):
@@ -166,7 +164,7 @@ def _map_texts(values, change: Callable[[str], str]):
     return change(values) if isinstance(values, str) else values
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """As omegaconf has to read it: a text with `${` means itself."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
@@ -181,9 +179,7 @@ def _refuse_reference(text: str) -> str:
 
 def _read(path: Path, included_from: tuple[Path, ...] = ()) -> dict:
     """The file with its includes merged under it; references stay as they are written."""
-    import yaml
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     where = f" (included from {included_from[-1]})" if included_from else ""
     if not path.is_file():
@@ -192,7 +188,7 @@ def _read(path: Path, included_from: tuple[Path, ...] = ()) -> dict:
         raise ValueError(f"{path} includes itself: {' -> '.join(str(p) for p in (*included_from, path))}")
     try:
         own = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as e:
+    except Exception as e:
         raise ValueError(f"{path} is not valid YAML: {_one_line(e)}") from e
     if not OmegaConf.is_dict(own):
         raise ValueError(f"{path} must hold `key: value` lines at its top level")
@@ -202,8 +198,8 @@ def _read(path: Path, included_from: tuple[Path, ...] = ()) -> dict:
     parts = [_read(path.parent / name, (*included_from, path)) for name in includes]
     try:
         return OmegaConf.to_container(OmegaConf.merge(*parts, own))
-    except (OmegaConfBaseException, TypeError) as e:
-        raise ValueError(f"{path}: {_first_line(e)}: a list and a group of keys do not go over one another") from e
+    except Exception as e:
+        raise ValueError(f"{path}: {_one_line(e)}: a list and a group of keys do not go over one another") from e
 
 
 def _upgrade(values: dict) -> dict:
@@ -270,10 +266,6 @@ def _near_files(path: Path) -> str:
     if found:
         return f"; near names: {', '.join(found)}"
     return f"; {path.parent} holds {', '.join(list(names)[:8])}" if names else ""
-
-
-def _first_line(e: Exception) -> str:
-    return str(e).strip().splitlines()[0]
 
 
 def _one_line(e: Exception) -> str:

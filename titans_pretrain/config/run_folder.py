@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from titans_pretrain.config.load import load_config, parse_overrides
+from titans_pretrain.config.load import escape, load_config, parse_overrides
 from titans_pretrain.config.schema import Config
 
 
@@ -15,10 +15,12 @@ def load_run_config(folder: str | Path, overrides: Sequence[str] = ()) -> Config
 def check_commands(config: Config, overrides: Sequence[str] = ()) -> None:
     """Raises ValueError if a run's data would be read by a command that the overrides do not give again: by `pipe:`, or by a
     URL of several parts (`a::b://c`), whose parts may run what they read."""
-    data = parse_overrides(overrides).get("data", {})
-    given = {data.get("path"), *(data.get("mixture") or ())} if isinstance(data, dict) else set()
+    given = set()
+    for override in parse_overrides(overrides):
+        data = override.get("data", {})
+        given |= {data.get("path"), *data.get("mixture", ())}
     for path in (config.data.path or "", *config.data.mixture):
-        if (path.startswith("pipe:") or ("::" in path and "://" in path)) and path not in given:
+        if (path.startswith("pipe:") or ("::" in path and "://" in path)) and escape(path) not in given:
             raise ValueError(
                 f"the run's own config reads its data by {path!r}; to allow it, give it again: 'data.path={path}'"
             )

@@ -52,11 +52,14 @@ class TrainConfig:
     micro_batch: int = setting(8, "rows in one forward pass")
     global_batch: int = setting(8, "rows in one step, a multiple of micro_batch")
     precision: Literal["fp32", "bf16"] = setting(
-        "fp32", "bf16: autocast; with ZeRO parameters too, with float32 masters"
+        "fp32", "bf16: autocast over float32 parameters; with zero_stage bfloat16 parameters with float32 masters"
     )
-    recompute: Literal["none", "block", "segment"] = setting("none", "what backward passes run again")
+    recompute: Literal["none", "block", "segment"] = setting(
+        "none",
+        "what the backward pass runs again: each block from its input, or each segment from the states that entered it",
+    )
     truncate_state_gradient_every: int | None = setting(
-        None, "tokens; no gradient through the state beyond; null: exact"
+        None, "tokens; no gradient passes through the state across these boundaries of segments; null: exact"
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes a GPU if there is one")
     eval_every: int = setting(100, "steps between validations; 0: never")
@@ -105,11 +108,13 @@ class ParallelConfig:
     tp: int = setting(1, "tensor parallel: heads, feed-forward part and vocabulary")
     pp: int = setting(1, "pipeline parallel: stages of consecutive layers")
     cp: int = setting(1, "context parallel: the sequence")
-    segments_per_rank: int = setting(1, "k: the sequence is cut into k * cp segments of equal length")
+    segments_per_rank: int = setting(
+        1, "k: the sequence is cut into k * cp equal segments, multiples of the chunk (mac: of its segment)"
+    )
     inflight: int = setting(1, "micro-batches on a context-parallel ring before the first backward pass")
     sequence_parallel: bool = setting(False, "split the activations between tensor-parallel regions along the sequence")
     memory_split: Literal["heads", "hidden"] = setting(
-        "heads", "what tp shards of a memory: heads, or their hidden size"
+        "heads", "what tp shards of a memory: its heads, or the hidden size of each"
     )
     pipeline_schedule: Literal["1f1b", "interleaved"] = setting("1f1b", "interleaved: several stages on each rank")
     stages_per_rank: int = setting(1, "with interleaved: stages that each pipeline rank holds")
@@ -157,7 +162,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    deepspeed: dict[str, Any] = setting(dict, "further DeepSpeed settings, as in its ds_config.json; with zero_stage")
+    deepspeed: dict[str, Any] = setting(
+        dict,
+        "further DeepSpeed settings, as in its ds_config.json; used with zero_stage. They may not differ from other keys",
+    )
     version: int = setting(CONFIG_VERSION, "of this schema")
 
     def __post_init__(self):
