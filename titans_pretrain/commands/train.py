@@ -1,6 +1,7 @@
 """From a config to a trained run folder: builds the parts, resumes, trains, leaves the picture."""
 
 import contextlib
+import os
 import random
 import sys
 from pathlib import Path
@@ -9,15 +10,17 @@ import numpy
 import torch
 
 from titans_pretrain.checkpoint import clear_leftovers, find_checkpoint, latest_checkpoint
+from titans_pretrain.commands.outlook import memory_warning, run_warnings
 from titans_pretrain.config import Config, changed_keys, flatten, load_config, save_config
-from titans_pretrain.data import ShardError, build_reader
+from titans_pretrain.data import ShardError, build_reader, epoch_size
 from titans_pretrain.data.storage import Folder
 from titans_pretrain.data.tokenizer import ENTRY, read_tokenizer_entry
 from titans_pretrain.models import build_model
 from titans_pretrain.parallel.apply import build_engine
-from titans_pretrain.parallel.launch import Watchdog, check_agreement, leave_processes
+from titans_pretrain.parallel.launch import Watchdog, check_agreement, launched_world, leave_processes
 from titans_pretrain.parallel.mesh import Mesh, build_mesh, describe
 from titans_pretrain.training.engine import pick_device
+from titans_pretrain.training.gauge import Gauge
 from titans_pretrain.training.loggers import build_loggers
 from titans_pretrain.training.plot import plot_loss
 from titans_pretrain.training.progress import Progress
@@ -43,6 +46,8 @@ def _train(config: Config, stop: StopRequest) -> int:
     check_data_is_set(config)
     run_dir = Path(config.run.dir)
     device = pick_device(config.train.device)
+    if os.environ.get("RANK", "0") == "0" and (told := memory_warning(config, device, launched_world())):
+        print(told, file=sys.stderr, flush=True)
     mesh = build_mesh(config, device)
     checkpoint = starting_checkpoint(config, run_dir)
     changed = _changes_since(checkpoint, config)
@@ -86,6 +91,11 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, checkpoint: P
         progress.note(
             f"{'+'.join(config.model.variants)}, {parameters / 1e6:.2f}M parameters, {where}; run folder {run_dir}"
         )
+        with contextlib.suppress(ShardError):  # the first shard's: what to do about it is the reader's to say
+            epoch = epoch_size(config)
+            trainer.gauge = Gauge(config, mesh.device, mesh.world, epoch[0])
+            for line in run_warnings(config, trainer.gauge.peak, mesh.world, epoch):
+                progress.note(line)
         if checkpoint is not None:
             progress.note(f"goes on from {checkpoint} (step {trainer.step})" + "".join(f"; {line}" for line in changed))
             if trainer.step >= config.train.steps:

@@ -8,11 +8,11 @@ from titans_pretrain.config.schema import Config
 
 
 def load_run_config(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """FOLDER/config.yaml with overrides; see load_config. Before its data is read: check_commands."""
+    """FOLDER/config.yaml with overrides; see load_config. Before its data is read: refuse_commands."""
     return load_config(Path(folder) / "config.yaml", overrides, references=False)
 
 
-def check_commands(config: Config, overrides: Sequence[str] = ()) -> None:
+def refuse_commands(config: Config, overrides: Sequence[str] = ()) -> None:
     """Raises ValueError if a run's data would be read by a command that the overrides do not give again: by `pipe:`, or by a
     URL of several parts (`a::b://c`), whose parts may run what they read."""
     given = set()

@@ -1,7 +1,7 @@
 from titans_pretrain.data.manifest import Manifest
 from titans_pretrain.data.reader import Batch, Reader, build_reader
 from titans_pretrain.data.source import open_manifest
-from titans_pretrain.data.statistics import unigram_counts, unigram_entropy
+from titans_pretrain.data.statistics import epoch_size, unigram_counts, unigram_entropy
 from titans_pretrain.data.storage import ShardError
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Reader",
     "ShardError",
     "build_reader",
+    "epoch_size",
     "open_manifest",
     "unigram_counts",
     "unigram_entropy",

@@ -13,9 +13,9 @@ from titans_pretrain.config import (
     Config,
     ModelConfig,
     changed_keys,
-    check_commands,
     load_config,
     load_run_config,
+    refuse_commands,
     save_config,
 )
 from titans_pretrain.config.keys import all_keys
@@ -339,15 +339,15 @@ def test_commands_of_a_run_folder_are_run_only_if_given_again(tmp_path):
     with pytest.raises(
         ValueError, match="own config reads its data by 'pipe:cat {}'; to allow it, give it again: 'data.path=pipe:"
     ):
-        check_commands(config)
+        refuse_commands(config)
     with pytest.raises(ValueError, match="own config reads"):
-        check_commands(config, ["data.path=pipe:dog {}", "run.name=pipe:cat {}"])
-    check_commands(config, ["train.seed=1", "data.path=pipe:cat {}"])
+        refuse_commands(config, ["data.path=pipe:dog {}", "run.name=pipe:cat {}"])
+    refuse_commands(config, ["train.seed=1", "data.path=pipe:cat {}"])
     config.data.path = r"pipe:cat ${DIR}/{}"
-    check_commands(config, [r"data.path=pipe:cat \${DIR}/{}"])
+    refuse_commands(config, [r"data.path=pipe:cat \${DIR}/{}"])
     config.data.path, config.data.mixture = None, {"/a": 1.0, "reference::https://x/y.json": 2.0}
     with pytest.raises(ValueError, match="reads its data by 'reference::"):
-        check_commands(config, ["data.mixture={/a: 1}"])
-    check_commands(config, ["data.mixture={'reference::https://x/y.json': 2}"])
+        refuse_commands(config, ["data.mixture={/a: 1}"])
+    refuse_commands(config, ["data.mixture={'reference::https://x/y.json': 2}"])
     config.data.mixture = {"s3://bucket/x": 1.0}
-    check_commands(config)
+    refuse_commands(config)
