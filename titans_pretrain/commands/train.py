@@ -19,6 +19,7 @@ from titans_pretrain.models import build_model
 from titans_pretrain.parallel.apply import build_engine
 from titans_pretrain.parallel.launch import Watchdog, check_agreement, launched_world, leave_processes
 from titans_pretrain.parallel.mesh import Mesh, build_mesh, describe
+from titans_pretrain.parallel.zero_keys import check_block
 from titans_pretrain.training.engine import pick_device
 from titans_pretrain.training.gauge import Gauge
 from titans_pretrain.training.loggers import build_loggers
@@ -44,6 +45,7 @@ def train(config: Config) -> int:
 
 def _train(config: Config, stop: StopRequest) -> int:
     check_data_is_set(config)
+    check_block(config)
     run_dir = Path(config.run.dir)
     device = pick_device(config.train.device)
     if os.environ.get("RANK", "0") == "0" and (told := memory_warning(config, device, launched_world())):
