@@ -89,6 +89,8 @@ def from_dict(values: dict) -> Config:
         raise ValueError(_explain(e.errors()[0])) from e
     except TypeError as e:
         raise ValueError(f"a value has a type that no key takes: {e}") from e
+    except OverflowError as e:
+        raise ValueError(f"a number is too large: {e}") from e
 
 
 def changed_keys(old: Config, new: Config) -> dict[str, tuple]:
