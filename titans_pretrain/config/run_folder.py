@@ -17,8 +17,8 @@ def refuse_commands(config: Config, overrides: Sequence[str] = ()) -> None:
     URL of several parts (`a::b://c`), whose parts may run what they read."""
     given = set()
     for override in parse_overrides(overrides):
-        data = override.get("data", {})
-        given |= {data.get("path"), *data.get("mixture", ())}
+        if isinstance(data := override.get("data"), dict):
+            given |= {data.get("path"), *(data.get("mixture") or ())}
     for path in (config.data.path or "", *config.data.mixture):
         if (path.startswith("pipe:") or ("::" in path and "://" in path)) and escape(path) not in given:
             raise ValueError(

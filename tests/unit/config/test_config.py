@@ -341,7 +341,7 @@ def test_commands_of_a_run_folder_are_run_only_if_given_again(tmp_path):
     ):
         refuse_commands(config)
     with pytest.raises(ValueError, match="own config reads"):
-        refuse_commands(config, ["data.path=pipe:dog {}", "run.name=pipe:cat {}"])
+        refuse_commands(config, ["data.path=pipe:dog {}", "run.name=pipe:cat {}", "data=${x}", "data.mixture=null"])
     refuse_commands(config, ["train.seed=1", "data.path=pipe:cat {}"])
     config.data.path = r"pipe:cat ${DIR}/{}"
     refuse_commands(config, [r"data.path=pipe:cat \${DIR}/{}"])
