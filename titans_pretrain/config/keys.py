@@ -30,7 +30,7 @@ def _keys_of(cls: type, at: str) -> Iterator[tuple[str, Key]]:
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
             legal = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
             told = f" ({', '.join(map(str, legal))})" if len(legal) > 1 else ""
-            yield at + field.name, Key(default, field.metadata["meaning"] + told)
+            yield at + field.name, Key(default, field.metadata.get("meaning", "") + told)
 
 
 def add_defaults(values: dict) -> None:

@@ -219,6 +219,7 @@ def test_the_documentation_lists_every_key_with_its_default_and_meaning():
     found = re.findall(r"^\| `[\w.]+` \| `.*?` \|.*", text, re.MULTILINE)
     keys = {name: key for name, key in all_keys().items() if name != "version"}
     expected = [f"| `{name}` | `{as_text(key.default)}` | {key.meaning} |" for name, key in keys.items()]
+    assert all(key.meaning for key in keys.values()), "say in the schema what a key means: setting(default, meaning)"
     assert sorted(found) == sorted(expected)
 
 
