@@ -110,6 +110,8 @@ def _draw(png: str, folder: str, split: str, edges: np.ndarray, counts: np.ndarr
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", edgecolor="white")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")  # 1,024 and not 2^10
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("tokens per document")
     axes.set_ylabel("documents")
     axes.set_title(f"{folder}: {split}, {counts.sum():,} documents")

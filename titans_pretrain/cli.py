@@ -1,15 +1,20 @@
 """The `titans-pretrain` command. Handlers import what they need, so that --help answers at once."""
 
 import argparse
+import contextlib
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import titans_pretrain
+from titans_pretrain.config.keys import nearest_key
+from titans_pretrain.config.paths import expand_home
 
 _EXAMPLES = """examples:
   titans-pretrain plan configs/340m-mag.yaml                       size, FLOPs, memory and tokens before anything runs
+  titans-pretrain config configs/tiny.yaml                         every setting, what it means and what it is there
   titans-pretrain train configs/tiny.yaml data.path=DATA           train; the same command again goes on where it stopped
   titans-pretrain report runs/tiny                                 what came out
   titans-pretrain generate runs/tiny --prompt "def main("          complete a text
@@ -24,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     # argparse gives up on key=value after an option: they come back as unknown
     if rest and (not hasattr(args, "overrides") or any(text.startswith("-") for text in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = _as_settings(rest) if hasattr(args, "overrides") else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         args.overrides = [*args.overrides, *rest]
     # Before torch loads OpenMP, whose threads spin for long while they wait: on cores that other programs use too a step
@@ -32,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
+        for name in ("config", "path", "out"):
+            if getattr(args, name, None):
+                setattr(args, name, expand_home(getattr(args, name)))
         return args.run(args) or 0
     except KeyboardInterrupt:
         return 130
@@ -40,6 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {e}", file=sys.stderr)
         return 2
+
+
+def _as_settings(arguments: Sequence[str]) -> str:
+    """What settings that were given as options look like: key=value."""
+    meant = []
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="-"):
+        name, _, value = argument.partition("=")
+        if argument.startswith("-") and (key := nearest_key(name.lstrip("-").replace("-", "_"))):
+            meant.append(f"{key}={value or ('VALUE' if following.startswith('-') else following)}")
+    return f"; settings have no dashes: {' '.join(meant)}" if meant else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,34 +71,54 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {titans_pretrain.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
+    def command(name: str, run, summary: str, *examples: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
-            epilog=f"example:\n  titans-pretrain {example}",
+            epilog="\n  ".join(["examples:", *(f"titans-pretrain {name} {example}".rstrip() for example in examples)]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=run)
         return sub
 
     sub = command(
-        "train", _train, "train as a config says, or go on", "train configs/tiny.yaml data.path=DATA train.lr=1e-3"
+        "train",
+        _train,
+        "train as a config says, or go on",
+        "configs/tiny.yaml data.path=DATA train.lr=1e-3",
+        "configs/tiny.yaml data.path=DATA train.steps=2000 run.dir=~/runs/longer",
     )
     _add_config(sub)
+
+    sub = command(
+        "config",
+        _config,
+        "list every setting with its value, its meaning, and its default where that is another",
+        "",
+        "configs/340m-mag.yaml model.variant=mac",
+    )
+    _add_config(sub, required=False)
 
     sub = command(
         "plan",
         _plan,
         "print size, FLOPs, layout, memory and tokens of a config",
-        "plan configs/1.3b-mag.yaml --processes 32 parallel.tp=2 parallel.cp=4",
+        "configs/340m-mag.yaml data.path=DATA",
+        "configs/1.3b-mag.yaml --processes 32 parallel.tp=2 parallel.cp=4",
     )
     _add_config(sub)
     sub.add_argument(
         "--processes", type=int, metavar="N", help="of the run (default: as few as the degrees of parallel.* allow)"
     )
 
-    sub = command("eval", _eval, "measure the loss of a checkpoint on held-out text", "eval runs/tiny --batches 64")
+    sub = command(
+        "eval",
+        _eval,
+        "measure the loss of a checkpoint on held-out text",
+        "runs/tiny --batches 64",
+        "runs/tiny/checkpoints/step-00000010 data.path=OTHER --split train",
+    )
     _add_run(sub)
     sub.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that differ from the run's, e.g. data.path=DATA"
@@ -88,10 +127,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batches", type=int, help="micro-batches to read (default: train.eval_batches of the run)")
 
     sub = command(
-        "generate", _generate, "complete a text", 'generate runs/tiny --prompt "def main(" --top-p 0.9 --seed 1'
+        "generate",
+        _generate,
+        "complete a text",
+        'runs/tiny --prompt "def main(" --top-p 0.9 --seed 1',
+        'runs/tiny --prompt "def main(" --num-samples 4',
+        "runs/tiny --interactive",
     )
     _add_run(sub, "run, checkpoint or exported folder")
-    sub.add_argument("--prompt", required=True, help="the text to complete; - reads it from standard input")
+    prompt = sub.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="the text to complete; - reads it from standard input")
+    prompt.add_argument(
+        "--interactive",
+        action="store_true",
+        help="complete each line that is typed, with all before it in mind; an empty line asks for more, Ctrl-D ends",
+    )
+    sub.add_argument(
+        "--num-samples", type=int, default=1, metavar="N", help="completions of the prompt, each with a seed of its own"
+    )
     sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
     sub.add_argument("--greedy", action="store_true", help="always the likeliest token; the three below have no effect")
     sub.add_argument(
@@ -111,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
     sub = command(
-        "export", _export, "write a folder for Hugging Face transformers", "export runs/tiny exported/ --dtype bfloat16"
+        "export", _export, "write a folder for Hugging Face transformers", "runs/tiny exported/ --dtype bfloat16"
     )
     _add_run(sub)
     sub.add_argument("out", metavar="OUT", help="folder to write")
@@ -122,18 +175,23 @@ def _parser() -> argparse.ArgumentParser:
         help="of the weights (default: float32)",
     )
 
-    sub = command("report", _report, "print what a run reached", "report runs/tiny")
+    sub = command("report", _report, "print what a run reached", "runs/tiny")
     _add_run(sub, "run folder")
 
-    sub = command("verify", _verify, "compare checkpoints with the checksums in them", "verify runs/tiny")
+    sub = command("verify", _verify, "compare checkpoints with the checksums in them", "runs/tiny")
     _add_run(sub)
 
-    command("doctor", _doctor, "check this machine: versions, devices, packages, the memory scan", "doctor")
+    command("doctor", _doctor, "check this machine: versions, devices, packages, the memory scan", "")
     return parser
 
 
-def _add_config(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one, such as tiny")
+def _add_config(sub: argparse.ArgumentParser, required: bool = True) -> None:
+    sub.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs=None if required else "?",
+        help="YAML file, or the name of a shipped one, such as tiny",
+    )
     sub.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. model.variant=mac"
     )
@@ -150,8 +208,19 @@ def _train(args) -> int:
     from titans_pretrain.commands.train import train
 
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("titans_pretrain").setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    if os.environ.get("RANK", "0") == "0":  # choices are the same on all processes
+        logging.getLogger("titans_pretrain").setLevel(logging.INFO)
     return train(config)
+
+
+def _config(args) -> None:
+    from titans_pretrain.commands.config import list_keys
+    from titans_pretrain.config import load_config
+
+    if args.config and "=" in args.config:
+        args.config, args.overrides = None, [args.config, *args.overrides]
+    print(list_keys(load_config(args.config, args.overrides) if args.config or args.overrides else None))
 
 
 def _plan(args) -> None:
@@ -170,14 +239,31 @@ def _eval(args) -> None:
 
 
 def _generate(args) -> None:
-    from titans_pretrain.commands.generate import Sampling, generate_text
+    from titans_pretrain.commands.generate import Sampling, Writer
 
     sampling = Sampling(
         args.max_new_tokens, 0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.seed
     )
+    writer = Writer(args.path, args.device)
+    if args.interactive:
+        for pieces in writer.converse(_typed_lines(), sampling):
+            _print_pieces(pieces)
+            print(f"[{writer.tokens_per_second:.1f} tokens/s]", file=sys.stderr)
+        return
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    print(prompt, end="", flush=True)
-    for piece in generate_text(args.path, prompt, sampling, args.device):
+    for i, pieces in enumerate(writer.complete(prompt, sampling, args.num_samples)):
+        print("---\n" * (i > 0) + prompt, end="", flush=True)
+        _print_pieces(pieces)
+
+
+def _typed_lines() -> Iterator[str]:
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> " if sys.stdin.isatty() else "")
+
+
+def _print_pieces(pieces: Iterator[str]) -> None:
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 

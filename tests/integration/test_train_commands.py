@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from titans_pretrain import cli
 from titans_pretrain.checkpoint import find_checkpoint, load_model
-from titans_pretrain.commands.generate import Sampling, generate_tokens, pick_token
+from titans_pretrain.commands.generate import Sampling, Writer, generate_tokens, pick_token
 from titans_pretrain.data import build_reader, unigram_entropy
 from titans_pretrain.training.loggers import read_metrics
 
@@ -71,12 +72,69 @@ def test_report(run, data, capsys):
     assert found["validation loss"].startswith(f"{lines[-1]['validation_loss']:.4f} (perplexity")
     assert found["unigram entropy"].startswith(f"{unigram_entropy(data, 'validation'):.4f}")
     assert found["loss curve"] == str(run / "loss.png")
-    assert {"tokens/s", "peak memory", "training loss", "tokens"} <= found.keys()
+    assert {"tokens/s", "peak memory", "training loss", "tokens", "MFU", "epochs"} <= found.keys()
 
 
 def test_report_of_no_run_is_one_line(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "is not a run folder: it needs config.yaml and metrics.jsonl" in capsys.readouterr().err
+
+
+def test_a_run_is_evaluated_from_anywhere(data, tmp_path, monkeypatch, capsys):
+    """Its data was given relative to another folder."""
+    monkeypatch.chdir(data.parent)
+    options = ["data.path=data", f"run.dir={tmp_path}/run", "train.steps=1", "train.eval_every=0", "model.dim=32"]
+    assert cli.main(["train", str(TINY), *options]) == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert cli.main(["eval", "run", "--batches", "1"]) == 0
+    assert table(capsys.readouterr().out)["tokens"]
+    assert cli.main(["report", "run"]) == 0
+    assert "validation tokens" in table(capsys.readouterr().out)["unigram entropy"]
+
+
+def test_a_foreign_run_executes_nothing(run, data, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    command = f"pipe:touch {tmp_path}/ran; cat {data}/{{}}"
+    checkpoint = find_checkpoint(tmp_path / "run")
+    for folder in (tmp_path / "run", checkpoint):
+        text = (folder / "config.yaml").read_text()
+        changed = text.replace(f"path: {data}", f"path: '{command}'").replace(
+            "cache_dir: null", f"cache_dir: {tmp_path}/cache"
+        )
+        assert changed != text
+        (folder / "config.yaml").write_text(changed)
+    assert cli.main(["eval", str(tmp_path / "run"), "--batches", "1"]) == 2
+    assert "the run's own config reads its data by 'pipe:touch" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    assert "not known: the run's own config" in table(capsys.readouterr().out)["unigram entropy"]
+    assert cli.main(["generate", str(tmp_path / "run"), "--prompt", "a", "--max-new-tokens", "1"]) == 0
+    assert not (tmp_path / "ran").exists()
+    assert cli.main(["eval", str(tmp_path / "run"), "--batches", "1", f"data.path={command}"]) == 0
+    assert (tmp_path / "ran").exists()
+
+
+def test_report_of_a_folder_that_is_only_to_be_read(run, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise OSError(30, "Read-only file system", str(run))
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)  # for root every folder can be written
+    assert cli.main(["report", str(run)]) == 0
+    found = table(capsys.readouterr().out)
+    assert found["loss curve"].startswith("not drawn: [Errno 30] Read-only file system")
+    assert found["steps"] == "12 of 12"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("metrics.jsonl", "{]\n"), ("config.yaml", "train: [\n"), ("config.yaml", "a: 1\n")]
+)
+def test_a_broken_file_of_a_run_is_named(run, tmp_path, capsys, name, text):
+    for kept in ("metrics.jsonl", "config.yaml"):
+        (tmp_path / kept).write_text((run / kept).read_text())
+    (tmp_path / name).write_text(text)
+    assert cli.main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / name) in error and error.count("\n") == 1
 
 
 def test_greedy_generation_equals_the_argmax_of_full_passes(run, monkeypatch):
@@ -123,12 +181,61 @@ def test_generate_command_is_reproducible_and_starts_with_the_prompt(run, capsys
     assert all(text.startswith("memory") for text in texts)
 
 
+def test_samples_are_the_texts_of_the_seeds_that_follow(run, capsys):
+    options = ["--prompt", "memory", "--max-new-tokens", "12"]
+    texts = []
+    for seed in ("5", "6", "7"):
+        assert cli.main(["generate", str(run), *options, "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert cli.main(["generate", str(run), *options, "--seed", "5", "--num-samples", "3"]) == 0
+    assert capsys.readouterr().out == "---\n".join(texts)
+    assert len(set(texts)) == 3
+
+
+def test_a_conversation_goes_on_from_all_that_was_said(run, monkeypatch, capsys):
+    """Each answer is the completion of the whole text so far; an empty line asks for more of the last one."""
+    writer, sampling = Writer(str(run)), Sampling(max_new_tokens=9, temperature=0.0)
+    lines = ["", "memory", "it reads", ""]
+    answers = ["".join(pieces) for pieces in writer.converse(lines, sampling)]
+    assert len(answers) == 3  # nothing was there to go on from at the first
+    said = ""
+    for line, answer in zip(lines[1:], answers):
+        said += ("\n" if said and line else "") + line
+        (pieces,) = writer.complete(said, sampling)
+        assert answer == "".join(pieces)
+        said += answer
+    monkeypatch.setattr("builtins.input", _typing(lines))
+    assert cli.main(["generate", str(run), "--interactive", "--greedy", "--max-new-tokens", "9"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "".join(answer + "\n" for answer in answers)
+    assert shown.err.count("tokens/s]\n") == 3
+
+
+def _typing(lines):
+    """An input() that ends with Ctrl-D."""
+    left = list(lines)
+
+    def read(prompt):
+        if not left:
+            raise EOFError
+        return left.pop(0)
+
+    return read
+
+
+def test_nothing_is_printed_before_the_checkpoint_is_found(tmp_path, capsys):
+    assert cli.main(["generate", str(tmp_path / "gone"), "--prompt", "once"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "no run or checkpoint folder" in shown.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "a", "--top-p", "0"], "--top-p must lie in (0, 1], got 0.0"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature must be 0 or more, got -1.0"),
+        (["--prompt", "a", "--num-samples", "0"], "--num-samples must be 1 or more, got 0"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more, got 0"),
     ],
 )
@@ -173,7 +280,7 @@ def test_doctor_reports_a_scan_that_differs(capsys, monkeypatch):
     assert "memory scan   FAILED: differs from its reference" in capsys.readouterr().out
 
 
-def test_help_lists_the_commands_and_loads_nothing_heavy():
+def test_help_lists_the_commands_and_loads_nothing_heavy(capsys):
     code = (
         "import sys\nfrom titans_pretrain.cli import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit as e:\n    assert e.code == 0\n"
@@ -181,8 +288,9 @@ def test_help_lists_the_commands_and_loads_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
-    for command in ("train", "plan", "eval", "generate", "export", "report", "verify", "doctor"):
+    for command in ("train", "config", "plan", "eval", "generate", "export", "report", "verify", "doctor"):
         assert f"\n    {command} " in out
         with pytest.raises(SystemExit) as e:
             cli.main([command, "--help"])
         assert e.value.code == 0
+        assert f"examples:\n  titans-pretrain {command}" in capsys.readouterr().out

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 from titans_pretrain.checkpoint import find_checkpoint, find_tokenizer, load_weights
-from titans_pretrain.commands.foreign import refuse_commands
 from titans_pretrain.commands.table import format_table
 from titans_pretrain.commands.train import check_data_is_set
-from titans_pretrain.config import load_config
+from titans_pretrain.config import load_run_config, refuse_commands
 from titans_pretrain.data import build_reader
 from titans_pretrain.data.tokenizer import read_tokenizer_entry
 from titans_pretrain.models import build_model
@@ -20,7 +19,7 @@ def evaluate(path: str, overrides: Sequence[str] = (), split: str = "validation"
     path: a run or checkpoint folder; overrides: settings that differ from the run's, such as data.path.
     """
     checkpoint = find_checkpoint(path)
-    config = load_config(checkpoint / "config.yaml", overrides)
+    config = load_run_config(checkpoint, overrides)
     check_data_is_set(config)
     refuse_commands(config, overrides)
     if batches is not None and batches < 1:

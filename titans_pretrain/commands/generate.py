@@ -1,7 +1,9 @@
 """Completing a text with the model's state: a prefix is read once, then one token at a time."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import copy
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,44 +37,87 @@ class Sampling:
             raise ValueError(f"--top-p must lie in (0, 1], got {self.top_p}")
 
 
-def generate_text(path: str, prompt: str, sampling: Sampling, device: str = "auto") -> Iterator[str]:
-    """Pieces of text that continue `prompt`, as they come. path: a run, checkpoint or exported folder."""
-    if (Path(path) / "config.json").is_file():
-        from titans_pretrain.hf.modeling_titans import TitansForCausalLM
+class Context:
+    """What a model has read so far, as its state, and what it expects next."""
 
-        tokenizer, model = load_tokenizer(path), TitansForCausalLM.from_pretrained(path).model.eval()
-    else:
-        tokenizer, model = load_tokenizer(find_tokenizer(path)), load_model(path)[0]
-    model = model.to(pick_device(device))
-    ids = tokenizer.encode(prompt).tolist()
-    shown = tokenizer.decode(ids)
-    for token in generate_tokens(model, list(ids), sampling, tokenizer.entry.eos_id):
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # a character of several tokens is not whole yet
-            yield text[len(shown) :]
-            shown = text
-    yield tokenizer.decode(ids)[len(shown) :]
+    def __init__(self, model: nn.Module):
+        self.model, self.state, self.logits = model, None, None
+        self.device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def read(self, tokens: Sequence[int]) -> None:
+        for part in torch.tensor([tokens], device=self.device).split(PREFILL, dim=1):
+            out = self.model(part, state=self.state)
+            self.state, self.logits = out.state, out.logits[0, -1].float()
+
+    def write(self, sampling: Sampling, eos_id: int | None) -> Iterator[int]:
+        """Token ids that go on from here, up to `eos_id` (not given out) or `max_new_tokens`; they are read too."""
+        random = torch.Generator(self.device).manual_seed(sampling.seed)
+        for _ in range(sampling.max_new_tokens):
+            token = pick_token(self.logits, sampling, random)
+            if token == eos_id:
+                return
+            yield token
+            self.read([token])
 
 
-@torch.no_grad()
-def generate_tokens(model: nn.Module, prompt: list[int], sampling: Sampling, eos_id: int | None) -> Iterator[int]:
-    """Token ids that continue `prompt`, up to `eos_id` (not given out) or `max_new_tokens`."""
+def generate_tokens(model: nn.Module, prompt: Sequence[int], sampling: Sampling, eos_id: int | None) -> Iterator[int]:
+    """Token ids that continue `prompt`; see Context.write."""
+    context = Context(model)
+    context.read(_not_empty(prompt))
+    return context.write(sampling, eos_id)
+
+
+class Writer:
+    """A model and its tokenizer, opened once. path: a run, checkpoint or exported folder."""
+
+    def __init__(self, path: str, device: str = "auto"):
+        if (Path(path) / "config.json").is_file():
+            from titans_pretrain.hf.modeling_titans import TitansForCausalLM
+
+            self.tokenizer, model = load_tokenizer(path), TitansForCausalLM.from_pretrained(path).model.eval()
+        else:
+            self.tokenizer, model = load_tokenizer(find_tokenizer(path)), load_model(path)[0]
+        self.model = model.to(pick_device(device))
+        self.tokens_per_second = 0.0  # of the newest continuation
+
+    def complete(self, prompt: str, sampling: Sampling, samples: int = 1) -> Iterator[Iterator[str]]:
+        """So many continuations of a text, each in pieces as they come; the i-th is drawn with the i-th seed from the given one."""
+        if samples < 1:
+            raise ValueError(f"--num-samples must be 1 or more, got {samples}")
+        context, ids = Context(self.model), _not_empty(self.tokenizer.encode(prompt).tolist())
+        context.read(ids)
+        for i in range(samples):
+            yield self._pieces(copy.copy(context), ids, replace(sampling, seed=sampling.seed + i))
+
+    def converse(self, lines: Iterable[str], sampling: Sampling) -> Iterator[Iterator[str]]:
+        """For each line a continuation, in pieces, of all that was read and written before it. An empty line asks for more."""
+        context = Context(self.model)
+        for i, line in enumerate(lines):
+            ids = self.tokenizer.encode(("" if context.state is None else "\n") + line).tolist() if line else []
+            if ids:
+                context.read(ids)
+            if context.state is not None:
+                yield self._pieces(context, ids, replace(sampling, seed=sampling.seed + i))
+
+    def _pieces(self, context: Context, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:
+        read, start = len(ids), time.monotonic()
+        ids = list(ids)
+        shown = self.tokenizer.decode(ids)
+        for token in context.write(sampling, self.tokenizer.entry.eos_id):
+            ids.append(token)
+            self.tokens_per_second = (len(ids) - read) / (time.monotonic() - start)
+            text = self.tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):  # a character of several tokens is not whole yet
+                yield text[len(shown) :]
+                shown = text
+        yield self.tokenizer.decode(ids)[len(shown) :]
+
+
+def _not_empty(prompt: Sequence[int]) -> Sequence[int]:
     if not prompt:
         raise ValueError("the prompt is empty; give at least one character")
-    device = next(model.parameters()).device
-    random = torch.Generator(device).manual_seed(sampling.seed)
-    state = None
-    for part in torch.tensor([prompt], device=device).split(PREFILL, dim=1):
-        out = model(part, state=state)
-        state = out.state
-    for _ in range(sampling.max_new_tokens):
-        token = pick_token(out.logits[0, -1].float(), sampling, random)
-        if token == eos_id:
-            return
-        yield token
-        out = model(torch.tensor([[token]], device=device), state=state)
-        state = out.state
+    return prompt
 
 
 def pick_token(logits: Tensor, sampling: Sampling, random: torch.Generator) -> int:

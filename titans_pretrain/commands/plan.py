@@ -9,6 +9,7 @@ from titans_pretrain.config import Config
 from titans_pretrain.models import build_model
 from titans_pretrain.models.costs import layer_flops
 from titans_pretrain.parallel.layout import needs_segments
+from titans_pretrain.parallel.zero_keys import check_block
 
 
 def plan(config: Config, processes: int | None = None) -> str:
@@ -16,6 +17,7 @@ def plan(config: Config, processes: int | None = None) -> str:
 
     Raises ValueError for a layout that a run would refuse."""
     layout = build_layout(config, processes)
+    check_block(config)
     with torch.device("meta"):
         model = build_model(config.model)
     parts = parameters_by_part(model)

@@ -2,50 +2,62 @@
 
 import math
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
-from titans_pretrain.commands.foreign import refuse_commands
 from titans_pretrain.commands.table import format_table
-from titans_pretrain.config import Config, load_config
+from titans_pretrain.config import Config, load_run_config, refuse_commands
 from titans_pretrain.training.loggers import read_metrics
-from titans_pretrain.training.plot import plot_loss
+from titans_pretrain.training.plot import draw_loss
 
 
 def report(run_dir: str) -> str:
-    """A table of a run folder's metrics; draws loss.png anew. Raises ValueError for a folder that is no run."""
+    """A table of a run folder's metrics; draws loss.png anew if the folder can be written. Raises ValueError for a folder that is
+    no run, and for a file in it that is broken."""
     run = Path(run_dir)
     if not (run / "config.yaml").is_file() or not (run / "metrics.jsonl").is_file():
         raise ValueError(f"{run_dir} is not a run folder: it needs config.yaml and metrics.jsonl")
-    config, lines = load_config(run / "config.yaml"), read_metrics(run / "metrics.jsonl")
-    steps = [line for line in lines if "loss" in line]
+    config, lines = load_run_config(run), read_metrics(run / "metrics.jsonl")
+    steps = [line for line in lines if {"loss", "tokens"} <= line.keys()]
     if not steps:
         raise ValueError(f"{run_dir} has not finished a step yet")
-    last = steps[-1]
-    recent = steps[-max(1, len(steps) // 20) :]
-    rows: dict[str, object] = {
-        "steps": f"{last['step']:,} of {config.train.steps:,}",
-        "tokens": f"{last['tokens']:,}",
-        "training loss": f"{sum(line['loss'] for line in recent) / len(recent):.4f} (mean of the last {len(recent)} steps)",
+    columns = {
+        name: [line[name] for line in steps if name in line] for name in {name for line in steps for name in line}
     }
+    recent = columns["loss"][-max(1, len(steps) // 20) :]
+    rows: dict[str, object] = {
+        "steps": f"{steps[-1]['step']:,} of {config.train.steps:,}",
+        "tokens": f"{columns['tokens'][-1]:,}",
+        "training loss": f"{mean(recent):.4f} (mean of the last {len(recent)} steps)",
+    }
+    if "epochs" in columns:
+        rows["epochs"] = f"{columns['epochs'][-1]:,.2f}"
     validations = [line for line in lines if "validation_loss" in line]
     if validations:
         loss = validations[-1]["validation_loss"]
-        rows["validation loss"] = f"{loss:.4f} (perplexity {math.exp(loss):.1f}) at step {validations[-1]['step']:,}"
-    rows["unigram entropy"] = _unigram_entropy(config)
-    rows["tokens/s"] = f"{median(line['tokens_per_second'] for line in steps):,.0f} (median)"
-    rows["peak memory"] = f"{max(line['peak_memory_mib'] for line in steps):,.0f} MiB"
-    rows["loss curve"] = plot_loss(run)
+        rows["validation loss"] = (
+            f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.1f}) at step {validations[-1]['step']:,}"
+        )
+    entropy = _unigram_entropy(config)
+    rows["unigram entropy"] = entropy if isinstance(entropy, str) else f"{entropy:.4f} (validation tokens)"
+    rows["tokens/s"] = f"{median(columns['tokens_per_second']):,.0f} (median)"
+    if "mfu" in columns:
+        rows["MFU"] = f"{median(columns['mfu']):.1%} (median)"
+    rows["peak memory"] = f"{max(columns['peak_memory_mib']):,.0f} MiB"
+    try:
+        rows["loss curve"] = draw_loss(run, None if isinstance(entropy, str) else entropy)
+    except Exception as e:  # a folder that is only to be read, a broken matplotlib: the rest of the report still holds
+        rows["loss curve"] = f"not drawn: {' '.join(str(e).split())}"
     return format_table(rows)
 
 
-def _unigram_entropy(config: Config) -> str:
-    """What ignoring the context costs, on the validation tokens of the run's data."""
+def _unigram_entropy(config: Config) -> float | str:
+    """What ignoring the context costs, in nats per token of the validation tokens of the run's data; or why it is not known."""
     from titans_pretrain.data import unigram_entropy
 
     if not config.data.path:
         return "not computed for a mixture"
     try:
         refuse_commands(config)
-        return f"{unigram_entropy(config.data.path, 'validation', config.data.cache_dir):.4f} (validation tokens)"
-    except ValueError as e:  # the data may have moved since; the rest of the report still holds
+        return unigram_entropy(config.data.path, "validation", config.data.cache_dir)
+    except (ValueError, OSError) as e:  # the data may have moved since; the rest of the report still holds
         return f"not known: {e}"

@@ -1,6 +1,7 @@
 """From a config to a trained run folder: builds the parts, resumes, trains, leaves the picture."""
 
 import contextlib
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -13,15 +14,18 @@ import torch
 from titans_pretrain.checkpoint import clear_leftovers, latest_checkpoint
 from titans_pretrain.checkpoint.store import atomic_folder
 from titans_pretrain.checkpoint.together import from_all, rank
+from titans_pretrain.commands.outlook import memory_warning, run_warnings
 from titans_pretrain.config import Config, flatten, save_config
-from titans_pretrain.data import NoDocuments, ShardError, build_reader, open_manifest
+from titans_pretrain.data import NoDocuments, ShardError, build_reader, epoch_size, open_manifest
 from titans_pretrain.data.storage import Folder
 from titans_pretrain.data.tokenizer import DEFINITION, ENTRY, read_tokenizer_entry
 from titans_pretrain.models import build_model
 from titans_pretrain.parallel.apply import build_engine
-from titans_pretrain.parallel.launch import Watchdog, check_agreement, leave_processes
+from titans_pretrain.parallel.launch import Watchdog, check_agreement, launched_world, leave_processes
 from titans_pretrain.parallel.mesh import Mesh, build_mesh, describe
+from titans_pretrain.parallel.zero_keys import check_block
 from titans_pretrain.training.engine import pick_device
+from titans_pretrain.training.gauge import Gauge
 from titans_pretrain.training.loggers import build_loggers
 from titans_pretrain.training.plot import plot_loss
 from titans_pretrain.training.progress import Progress
@@ -44,7 +48,11 @@ def train(config: Config) -> int:
 
 def _train(config: Config, stop: StopRequest) -> int:
     check_data_is_set(config)
-    mesh, run_dir = build_mesh(config, pick_device(config.train.device)), Path(config.run.dir)
+    check_block(config)
+    run_dir, device = Path(config.run.dir), pick_device(config.train.device)
+    if os.environ.get("RANK", "0") == "0" and (told := memory_warning(config, device, launched_world())):
+        print(told, file=sys.stderr, flush=True)
+    mesh = build_mesh(config, device)
     with Watchdog(), _owning(run_dir):
         newest = latest_checkpoint(run_dir)
         check_agreement(flatten(config) | {"checkpoint": newest and newest.name, "torch": torch.__version__})
@@ -109,6 +117,11 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start)
         progress.note(
             f"{'+'.join(config.model.variants)}, {parameters / 1e6:.2f}M parameters, {where}; run folder {run_dir}"
         )
+        with contextlib.suppress(ShardError):  # the first shard's: what to do about it is the reader's to say
+            epoch = epoch_size(config)
+            trainer.gauge = Gauge(config, mesh.device, mesh.world, epoch[0])
+            for line in run_warnings(config, trainer.gauge.peak, mesh.world, epoch):
+                progress.note(line)
         if without_validation:
             progress.note(without_validation)
         for line in _told(start, trainer):

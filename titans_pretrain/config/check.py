@@ -18,6 +18,14 @@ _TOLD = {
 }
 
 
+def setting(default, meaning: str) -> typing.Any:
+    """A field of a config dataclass, with what its key means: for `titans-pretrain config` and the documentation.
+
+    default: a value, or what makes one (dict)."""
+    made = {"default_factory" if callable(default) else "default": default}
+    return dataclasses.field(**made, metadata={"meaning": meaning})
+
+
 def check_fields(config, at: str = "") -> None:
     """Raises ValueError unless every field of a dataclass holds what its annotation says: one of the legal values, a truth value,
     a number, a text, a group of keys.

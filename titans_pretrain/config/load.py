@@ -7,61 +7,91 @@ then the overrides: later wins, key by key.
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
+from titans_pretrain.config.keys import add_defaults, unknown_key
+from titans_pretrain.config.paths import locate
 from titans_pretrain.config.schema import CONFIG_VERSION, Config
 from titans_pretrain.config.shipped import find_config, shipped_names
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Config of a YAML file with `key=value` overrides, e.g. load_config("configs/tiny.yaml", ["model.variant=mac"]).
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, references: bool = True) -> Config:
+    """Config of a YAML file (None: of the defaults) with `key=value` overrides, e.g. load_config("configs/tiny.yaml",
+    ["model.variant=mac"]). references=False refuses a file with `${...}`, which may look up the environment.
 
     Raises FileNotFoundError for a missing file and ValueError for everything else that is wrong, both with one line that
-    names the key, the value and what is legal.
+    names the file or the override to blame, the key, the value and what is legal.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    path = None if path is None else find_config(path)
+    file = {} if path is None else _read(path)
+    parse_overrides(overrides)  # what is no override at all
 
-    path = find_config(path)
+    def build(texts: Sequence[str]) -> Config:
+        if not references:
+            _map_texts(file, _refuse_reference)
+        return _build(file, path and path.stem, texts)
+
     try:
-        merged = OmegaConf.merge(_read(path), _parse_overrides(overrides))
-        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, TypeError) as e:
-        told = f"{path}: {_first_line(e)}"
-        if isinstance(e, TypeError) or "ListConfig" in told:  # a list meets a mapping, as omegaconf 2.4 and 2.3 say it
-            told += ": an override cannot reach into a list, give all of it, as 'model.pattern=[mag, lmm]'"
-        raise ValueError(told) from e
-    try:
-        config = from_dict(values)
+        return build(overrides)
     except ValueError as e:
-        raise ValueError(f"{path}: {e}") from e
-    config.run.name = config.run.name or path.stem
-    config.run.dir = config.run.dir or f"runs/{config.run.name}"
-    return config
+        raise ValueError(f"{_blamed(build, overrides, str(e)) or path or 'defaults'}: {_one_line(e)}") from e
 
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes every key with its value, so that `load_config(path)` gives the same config."""
-    import yaml
+    from omegaconf import OmegaConf
 
-    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    values = _map_texts(dataclasses.asdict(config), escape)
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(values)))  # it quotes what its loader takes for a number
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[dict]:
+    """The nested dicts that `key=value` texts stand for. Raises ValueError naming the text that is not of that form."""
+    from omegaconf import OmegaConf
+
+    parsed = []
+    for text in overrides:
+        if not all(text.partition("=")[:2]):
+            raise ValueError(f"override {text!r} is not of the form key=value, e.g. train.lr=1e-3")
+        try:
+            parsed.append(OmegaConf.to_container(OmegaConf.from_dotlist([text])))
+        except Exception as e:  # of YAML and omegaconf, which name no common one
+            raise ValueError(f"the value of override {text!r} is not valid YAML: {_one_line(e)}") from e
+    return parsed
+
+
+@cache
+def _checker():
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Config)
 
 
 def from_dict(values: dict) -> Config:
     """Checked config of nested dicts. Types are strict: 4 is a float where one is wanted, "4" is no int."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
-    values = _upgrade(values)
+    version = values.get("version")
+    if isinstance(version, int) and version > CONFIG_VERSION:
+        raise ValueError(
+            f"version {version} is newer than version {CONFIG_VERSION}, the newest this titans-pretrain reads; update titans-pretrain"
+        )
     _check_keys(values, Config, ())
+    values = _upgrade(values)
     try:
         # As JSON, because in strict mode only JSON input may give a dict for a dataclass.
-        return TypeAdapter(Config).validate_json(json.dumps(values), strict=True)
+        return _checker().validate_json(json.dumps(values), strict=True)
     except ValidationError as e:
         raise ValueError(_explain(e.errors()[0])) from e
     except TypeError as e:
         raise ValueError(f"a value has a type that no key takes: {e}") from e
+    except OverflowError as e:
+        raise ValueError(f"a number is too large: {e}") from e
 
 
 def changed_keys(old: Config, new: Config) -> dict[str, tuple]:
@@ -82,11 +112,77 @@ def _flatten(values: dict, prefix: str = "") -> dict:
     return flat
 
 
-def _read(path: Path, included_from: tuple[Path, ...] = ()):
-    """The file with its includes merged under it, as an OmegaConf DictConfig."""
-    import yaml
+def _build(file: dict, name: str | None, overrides: Sequence[str]) -> Config:
+    """The config of a file's values and overrides. Raises ValueError that says what is wrong, not where it stands."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        merged = OmegaConf.merge(file, *parse_overrides(overrides))
+        given, whole = OmegaConf.to_container(merged), OmegaConf.to_container(merged)
+        if name and isinstance(run := whole.setdefault("run", {}), dict):
+            run |= {"name": run.get("name") or name, "dir": run.get("dir") or "runs/${run.name}"}
+        add_defaults(whole)  # for references to them
+        whole = OmegaConf.to_container(OmegaConf.create(whole), resolve=True, throw_on_missing=True)
+    except Exception as e:  # as above
+        told = _one_line(e)
+        if isinstance(e, TypeError) or "ListConfig" in told:  # a list meets a mapping, as omegaconf 2.4 and 2.3 say it
+            told += ": an override cannot reach into a list, give all of it, as 'model.pattern=[mag, lmm]'"
+        raise ValueError(told) from e
+    config = from_dict(_only(given, whole))
+    if name:
+        config.run.name = config.run.name or name
+        config.run.dir = config.run.dir or f"runs/{config.run.name}"
+    locate(config)
+    return config
+
+
+def _only(keys: dict, values: dict) -> dict:
+    """`values` without what `keys` does not have."""
+    return {
+        k: _only(v, values[k]) if isinstance(v, dict) and isinstance(values[k], dict) else values[k]
+        for k, v in keys.items()
+    }
+
+
+def _blamed(build: Callable[[Sequence[str]], Config], overrides: Sequence[str], error: str) -> str:
+    """The overrides without which there would be no such error."""
+
+    def error_without(text: str) -> str | None:
+        try:
+            build([other for other in overrides if other != text])
+        except ValueError as e:
+            return str(e)
+        return None
+
+    blamed = [repr(text) for text in dict.fromkeys(overrides) if error_without(text) != error]
+    return f"override{'s' * (len(blamed) > 1)} {' and '.join(blamed)}" if blamed else ""
+
+
+def _map_texts(values, change: Callable[[str], str]):
+    """Nested values with every text that is no key changed."""
+    if isinstance(values, dict):
+        return {key: _map_texts(value, change) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_map_texts(value, change) for value in values]
+    return change(values) if isinstance(values, str) else values
+
+
+def escape(text: str) -> str:
+    """As omegaconf has to read it: a text with `${` means itself."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def _refuse_reference(text: str) -> str:
+    if re.search(r"(?<!\\)(\\\\)*\$\{", text):  # an odd number of backslashes would take its meaning
+        raise ValueError(
+            f"{text!r} refers to another value, which nothing in a run folder does; was it changed by hand?"
+        )
+    return text
+
+
+def _read(path: Path, included_from: tuple[Path, ...] = ()) -> dict:
+    """The file with its includes merged under it; references stay as they are written."""
+    from omegaconf import OmegaConf
 
     where = f" (included from {included_from[-1]})" if included_from else ""
     if not path.is_file():
@@ -95,7 +191,7 @@ def _read(path: Path, included_from: tuple[Path, ...] = ()):
         raise ValueError(f"{path} includes itself: {' -> '.join(str(p) for p in (*included_from, path))}")
     try:
         own = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as e:
+    except Exception as e:
         raise ValueError(f"{path} is not valid YAML: {_one_line(e)}") from e
     if not OmegaConf.is_dict(own):
         raise ValueError(f"{path} must hold `key: value` lines at its top level")
@@ -103,35 +199,18 @@ def _read(path: Path, included_from: tuple[Path, ...] = ()):
     if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
         raise ValueError(f"{path}: include is {includes!r}; it must be a list of file names")
     parts = [_read(path.parent / name, (*included_from, path)) for name in includes]
-    return OmegaConf.merge(*parts, own)
-
-
-def _parse_overrides(overrides: typing.Sequence[str]):
-    import yaml
-    from omegaconf import OmegaConf
-
-    parsed = []
-    for text in overrides:
-        if not all(text.partition("=")[:2]):
-            raise ValueError(f"override {text!r} is not of the form key=value, e.g. train.lr=1e-3")
-        try:
-            parsed.append(OmegaConf.from_dotlist([text]))
-        except yaml.YAMLError as e:
-            raise ValueError(f"the value of override {text!r} is not valid YAML: {_one_line(e)}") from e
-    return OmegaConf.merge(*parsed) if parsed else OmegaConf.create()
+    try:
+        return OmegaConf.to_container(OmegaConf.merge(*parts, own))
+    except Exception as e:
+        raise ValueError(f"{path}: {_one_line(e)}: a list and a group of keys do not go over one another") from e
 
 
 def _upgrade(values: dict) -> dict:
     """Values of an older version as the newest one says them: the same model, whatever the defaults are now."""
-    version = values.get("version", CONFIG_VERSION)
-    if isinstance(version, int) and version > CONFIG_VERSION:
-        raise ValueError(
-            f"version {version} is newer than version {CONFIG_VERSION}, the newest this titans-pretrain reads; update titans-pretrain"
-        )
-    if version != 1:
+    if values.get("version") != 1:
         return values
-    model = values.get("model") or {}
-    memory = {"step": "plain", "max_lr": 0.1} | (model.get("memory") or {}) | {"damping": 0.0}
+    model = values.get("model", {})
+    memory = {"step": "plain", "max_lr": 0.1} | model.get("memory", {}) | {"damping": 0.0}
     if memory["step"] == "telescoped":
         if memory.get("residual_norm", True):
             raise ValueError(
@@ -147,30 +226,11 @@ def _check_keys(values: dict, cls: type, at: tuple[str, ...]) -> None:
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         if key not in hints:
-            raise ValueError(_unknown_key(".".join((*at, str(key))), hints))
+            raise ValueError(unknown_key(".".join((*at, str(key))), hints))
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise ValueError(f"{'.'.join((*at, key))} = {value!r}: must be a group of keys")
             _check_keys(value, hints[key], (*at, key))
-
-
-def _unknown_key(key: str, siblings: typing.Iterable[str]) -> str:
-    """Nearest by the whole dotted name, or by the last part alone, so that train.seq_len finds data.seq_len."""
-    legal = _legal_keys(Config)
-    last = key.rpartition(".")[2]
-    same_name = [k for k in legal if k.rpartition(".")[2] == last]
-    near = same_name or difflib.get_close_matches(key, legal, n=1, cutoff=0.6)
-    if not near:
-        by_name = {k.rpartition(".")[2]: k for k in legal}
-        near = [by_name[n] for n in difflib.get_close_matches(last, by_name, n=1, cutoff=0.6)]
-    return f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"legal here: {', '.join(siblings)}")
-
-
-def _legal_keys(cls: type, prefix: str = "") -> list[str]:
-    keys = []
-    for name, hint in typing.get_type_hints(cls).items():
-        keys += _legal_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
-    return keys
 
 
 def _explain(error: dict) -> str:
@@ -211,10 +271,6 @@ def _near_files(path: Path) -> str:
     if path.suffix != ".yaml":
         return f"; by name there are {', '.join(shipped_names())}"
     return f"; {path.parent} holds {', '.join(list(names)[:8])}" if names else ""
-
-
-def _first_line(e: Exception) -> str:
-    return str(e).strip().splitlines()[0]
 
 
 def _one_line(e: Exception) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from titans_pretrain.config.check import at_least, check_fields, did_you_mean, positive
+from titans_pretrain.config.check import at_least, check_fields, did_you_mean, positive, setting
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,31 @@ class MemoryConfig:
     """Neural long-term memory (Titans section 3.1). Every field changes the function, none is a mere speed setting,
     except `backend` and `checkpoint_every`."""
 
-    heads: int = 4  # independent memories per layer; head size = model.dim / heads
-    depth: int = 2  # L, layers of the memory MLP; 1 is the linear memory
-    expansion: float = 4.0  # hidden size of the memory MLP = expansion * head size
-    chunk_size: int = 16  # C, tokens whose gradients share one anchor
-    residual_norm: bool = True  # M(x) = x + LN(z) instead of M(x) = z
-    forget_to: Literal["zero", "initial"] = "initial"  # what forgetting decays the weights towards
-    damping: float = 1.0  # c of the damped inner gradient, with residual_norm; 0: the plain gradient
-    step: Literal["plain", "telescoped"] = "telescoped"
-    step_coefficient: float | None = None  # g of the telescoped step; null: 1.2 with residual_norm, else 2
-    max_lr: float | None = None  # theta = max_lr * sigmoid(.); null: 1.6 with residual_norm, else 0.5
-    max_momentum: float = 0.9  # eta = max_momentum * sigmoid(.)
-    per_layer_gates: bool = False  # one gate per memory layer instead of one for all
-    conv_size: int = 4  # taps of the short convolution on q, k, v
-    backend: Literal["auto", "reference", "chunked"] = "auto"
-    checkpoint_every: int | None = None  # chunks between saved states in training; None chooses
+    heads: int = setting(4, "independent memories in a block, each dim / heads wide")
+    depth: int = setting(2, "L: layers of the memory MLP; 1 is the linear memory")
+    expansion: float = setting(4.0, "hidden size of the memory MLP over its width")
+    chunk_size: int = setting(16, "C: tokens whose gradients are taken at one point")
+    residual_norm: bool = setting(True, "the memory is x + LN(MLP(x)) instead of MLP(x)")
+    forget_to: Literal["zero", "initial"] = setting(
+        "initial", "what forgetting decays the weights towards: their initial values, or zero"
+    )
+    damping: float = setting(1.0, "c: bounds the inner gradient through the memory's norm; 0: the plain gradient")
+    step: Literal["plain", "telescoped"] = setting(
+        "telescoped", "telescoped scales steps down for keys that repeat within a chunk; plain does not"
+    )
+    step_coefficient: float | None = setting(None, "g of the telescoped step; null: 1.2 with residual_norm, else 2")
+    max_lr: float | None = setting(
+        None, "upper end of theta, the learned inner step; null: 1.6 with residual_norm, else 0.5"
+    )
+    max_momentum: float = setting(0.9, "upper end of eta, the learned momentum")
+    per_layer_gates: bool = setting(False, "own gates for each layer of the memory MLP")
+    conv_size: int = setting(4, "taps of the short convolution on queries, keys and values")
+    backend: Literal["auto", "reference", "chunked"] = setting(
+        "auto", "reference: token by token; chunked: matrix products; auto chooses. Speed only"
+    )
+    checkpoint_every: int | None = setting(
+        None, "chunks between the states kept for the backward pass; null chooses. Speed only"
+    )
 
     def __post_init__(self):
         check_fields(self, "model.memory")
@@ -97,8 +107,8 @@ class MemoryConfig:
 class MacConfig:
     """Memory as context (Titans section 4.1)."""
 
-    segment: int = 512  # tokens per attention segment, a multiple of memory.chunk_size
-    memory_tokens: int = 0  # 0: one retrieved token per token, seen causally; N: N learned queries per segment
+    segment: int = setting(512, "tokens of an attention segment, a multiple of the chunk")
+    memory_tokens: int = setting(0, "0: one retrieved token per token, seen causally; N: N learned queries per segment")
 
     def __post_init__(self):
         check_fields(self, "model.mac")
@@ -169,27 +179,31 @@ SPEED_KEYS = ("memory.backend", "memory.checkpoint_every")  # how a layer comput
 
 @dataclass
 class ModelConfig:
-    variant: str = "mag"
-    pattern: list | None = (
-        None  # layers that differ: variants' names or {variant: ..., window: ..., ...}, repeated over `layers`
+    variant: str = setting(
+        "mag", "lmm memory alone; mac memory as context; mag as gate; mal as layer; transformer the baseline"
     )
-    dim: int = 256
-    layers: int = 4
-    heads: int = 4  # attention heads
-    kv_heads: int | None = (
-        None  # heads of keys and values, each read by heads / kv_heads queries; null: as many as heads
+    pattern: list | None = setting(
+        None, "layers that differ, each a variant's name or {variant: ..., ...}; repeated over layers"
     )
-    head_dim: int | None = None  # size of an attention head; null: dim / heads
-    qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
-    vocab_size: int = 32000
-    window: int | None = 2048  # tokens each query sees, itself included; null is full attention
-    persistent_tokens: int = 16
-    ffn_dim: int | None = None  # SwiGLU hidden size; null: 8/3 * dim rounded up to a multiple of 64
-    tie_embeddings: bool = True
-    rope_theta: float = 10000.0
-    rotary_percent: float = 0.5  # share of each attention head that RoPE rotates; persistent keys live in the rest
-    norm_eps: float = 1e-6
-    init_std: float | None = None  # of the projections; null: sqrt(2 / (5 dim)), "small init" (Nguyen and Salazar 2019)
+    dim: int = setting(256, "width of the residual stream")
+    layers: int = setting(4, "blocks")
+    heads: int = setting(4, "attention heads")
+    kv_heads: int | None = setting(
+        None, "heads of keys and values, each read by heads / kv_heads of queries; null: as many as heads"
+    )
+    head_dim: int | None = setting(None, "size of an attention head; null: dim / heads")
+    qk_norm: bool = setting(False, "RMSNorm of each head's queries and keys before RoPE; persistent keys too")
+    vocab_size: int = setting(32000, "at least the tokenizer's")
+    window: int | None = setting(2048, "tokens each query sees, itself included; null: full attention")
+    persistent_tokens: int = setting(16, "learned vectors that are always visible")
+    ffn_dim: int | None = setting(None, "hidden size of SwiGLU; null: 8/3 of dim, rounded up to a multiple of 64")
+    tie_embeddings: bool = setting(True, "the output layer is the embedding")
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies")
+    rotary_percent: float = setting(
+        0.5, "share of each attention head that RoPE rotates; persistent keys live in the rest"
+    )
+    norm_eps: float = setting(1e-6, "of the RMS norms")
+    init_std: float | None = setting(None, "of the initial projections; null: sqrt(2 / (5 dim))")
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     mac: MacConfig = field(default_factory=MacConfig)
 
@@ -292,10 +306,15 @@ class ModelConfig:
         return LayerConfig(**same | resolved)
 
     @property
-    def layer_configs(self) -> tuple[LayerConfig, ...]:
-        """Every layer, resolved: the pattern's entries, repeated; `variant` without a pattern."""
+    def _period(self) -> list[LayerConfig]:
+        """The layers that are repeated: the pattern's entries; `variant` without a pattern."""
         entries = [self] if self.pattern is None else [self._entry(i) for i in range(len(self.pattern))]
-        layers = [entry._layer() for entry in entries]
+        return [entry._layer() for entry in entries]
+
+    @property
+    def layer_configs(self) -> tuple[LayerConfig, ...]:
+        """Every layer, resolved."""
+        layers = self._period
         return tuple(layers[i % len(layers)] for i in range(self.layers))
 
     def layer(self, i: int) -> LayerConfig:
@@ -304,7 +323,7 @@ class ModelConfig:
     @property
     def variants(self) -> tuple[str, ...]:
         """Of its layers, each once, in order."""
-        return tuple(dict.fromkeys(layer.variant for layer in self.layer_configs))
+        return tuple(dict.fromkeys(layer.variant for layer in self._period))
 
     @property
     def has_memory(self) -> bool:
@@ -319,7 +338,7 @@ class ModelConfig:
     @property
     def document_multiple(self) -> int:
         """Documents are padded to a multiple of this many tokens, so that each starts on a chunk (on a segment) of every layer."""
-        return math.lcm(*(layer.document_multiple for layer in self.layer_configs))
+        return math.lcm(*(layer.document_multiple for layer in self._period))
 
 
 def _check_known(at: str, given: Iterable, legal: Sequence[str]) -> None:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from titans_pretrain.config.check import at_least, check_fields
-from titans_pretrain.config.model import ModelConfig
+from titans_pretrain.config.check import at_least, check_fields, setting
+from titans_pretrain.config.model import VARIANTS, ModelConfig
 
 CONFIG_VERSION = 2
 
@@ -13,13 +13,17 @@ CONFIG_VERSION = 2
 class DataConfig:
     """What is read, and how it is cut into rows."""
 
-    path: str | None = None  # folder that titans-data wrote
-    seq_len: int = 4096  # tokens in a row
-    mixture: dict[str, float] = field(default_factory=dict)  # folder -> weight, instead of `path`
-    reset_documents: bool = True  # each document starts from the initial state; false concatenates them
-    split_long_documents: bool = True  # cut documents wherever a row ends; false: only those longer than a row
-    cache_dir: str | None = None  # where remote shards are kept
-    on_bad_shard: Literal["stop", "skip"] = "stop"
+    path: str | None = setting(None, "folder that titans-data wrote, or a URL or pipe: command")
+    seq_len: int = setting(
+        4096, "tokens in a row; a multiple of the chunk (mac: segment) unless reset_documents is false"
+    )
+    mixture: dict[str, float] = setting(dict, "{FOLDER: WEIGHT, ...} instead of path")
+    reset_documents: bool = setting(True, "each document starts from the initial state; false concatenates them")
+    split_long_documents: bool = setting(
+        True, "documents are cut wherever a row ends; false: only those longer than a row"
+    )
+    cache_dir: str | None = setting(None, "where remote shards are kept")
+    on_bad_shard: Literal["stop", "skip"] = setting("stop", "skip goes on without a shard that stays unreadable")
 
     def __post_init__(self):
         check_fields(self, "data")
@@ -35,36 +39,43 @@ class DataConfig:
 class TrainConfig:
     """The optimisation (defaults: Titans section 5.1, with the clipping of the setup it follows)."""
 
-    steps: int = 1000
-    seed: int = 0
-    lr: float = 4e-4  # peak of the schedule
-    min_lr: float = 1e-5
-    warmup_steps: int = 100  # linear, from lr / warmup_steps
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    grad_clip: float = 1.0  # largest global gradient norm; 0 switches clipping off
-    micro_batch: int = 8  # rows in one forward pass
-    global_batch: int = 8  # rows in one step; a multiple of micro_batch, the rest is accumulated
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: under autocast; with ZeRO bf16 parameters and float32 masters
-    # What the backward pass runs again: nothing, each block from its input, or each segment of the sequence
-    # (parallel.segments_per_rank) from the states that entered it.
-    recompute: Literal["none", "block", "segment"] = "none"
-    truncate_state_gradient_every: int | None = None  # tokens; no gradient through the state across these; null: exact
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    eval_every: int = 100  # steps between validations; 0: never
-    eval_batches: int = 16  # micro-batches in one validation, always the same ones
-    checkpoint_every: int = 200  # steps between checkpoints; 0: only the last step
-    keep_checkpoints: int = 3  # newest ones kept; 0: all
-    log_every: int = 10  # steps between printed lines; metrics.jsonl has every step
-    on_nan: Literal["stop"] = "stop"
-    resume: str = "auto"  # auto: the run's own newest checkpoint; never; or a folder to start from
-    resume_data: bool = (
-        True  # with resume=FOLDER; false: this run's data from the start, with FOLDER's weights, optimizer and step
+    steps: int = setting(1000, "optimizer steps")
+    seed: int = setting(0, "of the initial weights and the order of the data")
+    lr: float = setting(4e-4, "peak learning rate")
+    min_lr: float = setting(1e-5, "learning rate of the last step")
+    warmup_steps: int = setting(100, "linear warm-up, from lr / warmup_steps")
+    weight_decay: float = setting(0.1, "of matrices that multiply activations, and of nothing else")
+    beta1: float = setting(0.9, "of AdamW")
+    beta2: float = setting(0.95, "of AdamW")
+    eps: float = setting(1e-8, "of AdamW")
+    grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
+    micro_batch: int = setting(8, "rows in one forward pass")
+    global_batch: int = setting(8, "rows in one step, a multiple of micro_batch")
+    precision: Literal["fp32", "bf16"] = setting(
+        "fp32", "bf16: autocast over float32 parameters; with zero_stage bfloat16 parameters with float32 masters"
     )
-    init_from: str | None = (
-        None  # a run or checkpoint folder whose weights a new run starts with, and nothing else of it
+    recompute: Literal["none", "block", "segment"] = setting(
+        "none",
+        "what the backward pass runs again: each block from its input, or each segment from the states that entered it",
+    )
+    truncate_state_gradient_every: int | None = setting(
+        None, "tokens; no gradient passes through the state across these boundaries of segments; null: exact"
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes a GPU if there is one")
+    eval_every: int = setting(100, "steps between validations; 0: never")
+    eval_batches: int = setting(16, "micro-batches in one validation, always the same ones")
+    checkpoint_every: int = setting(200, "steps between checkpoints; 0: only at the end")
+    keep_checkpoints: int = setting(3, "newest ones kept; 0: all")
+    log_every: int = setting(10, "steps between printed lines; metrics.jsonl has every step")
+    on_nan: Literal["stop"] = setting("stop", "what a loss that is not finite does")
+    resume: str = setting(
+        "auto", "auto: the run's own newest checkpoint; never; or a folder of another run to start from"
+    )
+    resume_data: bool = setting(
+        True, "with resume=FOLDER; false: this run's data from the start, with FOLDER's weights, optimizer and step"
+    )
+    init_from: str | None = setting(
+        None, "a run or checkpoint folder whose weights a new run starts with, and nothing else of it"
     )
 
     def __post_init__(self):
@@ -109,18 +120,24 @@ class TrainConfig:
 class ParallelConfig:
     """How the work is spread over processes: world size = dp * cp * tp * pp; dp is what the others leave."""
 
-    tp: int = 1  # tensor parallel: heads, feed-forward and vocabulary
-    pp: int = 1  # pipeline parallel: stages of consecutive layers
-    cp: int = 1  # context parallel: the sequence
-    segments_per_rank: int = 1  # k: the sequence is cut into k * cp segments; more give less idle time and less memory
-    inflight: int = 1  # micro-batches in flight on a context-parallel ring before the first backward pass
-    sequence_parallel: bool = False  # split the residual stream over tp between the sharded parts
-    memory_split: Literal["heads", "hidden"] = "heads"  # what tp shards of a memory: heads, or the hidden size of each
-    pipeline_schedule: Literal["1f1b", "interleaved"] = "1f1b"
-    stages_per_rank: int = 1  # with interleaved: stages that each pipeline rank holds
-    zero_stage: Literal[0, 1, 2, 3] = 0  # DeepSpeed ZeRO; 0 keeps the optimizer state whole on every rank
-    offload_optimizer: bool = False  # ZeRO keeps its optimizer state in CPU memory
-    timeout_minutes: float = 30.0  # ranks give up on one that does not answer after this long
+    tp: int = setting(1, "tensor parallel: heads, feed-forward part and vocabulary")
+    pp: int = setting(1, "pipeline parallel: stages of consecutive layers")
+    cp: int = setting(1, "context parallel: the sequence")
+    segments_per_rank: int = setting(
+        1, "k: the sequence is cut into k * cp equal segments, multiples of the chunk (mac: of its segment)"
+    )
+    inflight: int = setting(1, "micro-batches on a context-parallel ring before the first backward pass")
+    sequence_parallel: bool = setting(False, "split the activations between tensor-parallel regions along the sequence")
+    memory_split: Literal["heads", "hidden"] = setting(
+        "heads", "what tp shards of a memory: its heads, or the hidden size of each"
+    )
+    pipeline_schedule: Literal["1f1b", "interleaved"] = setting("1f1b", "interleaved: several stages on each rank")
+    stages_per_rank: int = setting(1, "with interleaved: stages that each pipeline rank holds")
+    zero_stage: Literal[0, 1, 2, 3] = setting(
+        0, "DeepSpeed ZeRO over dp * cp; 0: the optimizer's state whole on every rank"
+    )
+    offload_optimizer: bool = setting(False, "ZeRO keeps the optimizer's state in CPU memory")
+    timeout_minutes: float = setting(30.0, "how long a process waits for the others, at the start and in a collective")
 
     def __post_init__(self):
         check_fields(self, "parallel")
@@ -144,10 +161,10 @@ class ParallelConfig:
 
 @dataclass
 class RunConfig:
-    name: str | None = None  # null: the name of the config file
-    dir: str | None = None  # null: runs/NAME
-    wandb: str | None = None  # a Weights & Biases project; offline unless WANDB_MODE says otherwise
-    tensorboard: bool = False
+    name: str | None = setting(None, "null: the name of the config file")
+    dir: str | None = setting(None, "the run folder; null: runs/NAME")
+    wandb: str | None = setting(None, "a Weights & Biases project; offline unless WANDB_MODE says otherwise")
+    tensorboard: bool = setting(False, "write RUN/tensorboard")
 
     def __post_init__(self):
         check_fields(self, "run")
@@ -160,14 +177,17 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # further DeepSpeed settings, as in its ds_config.json
-    version: int = CONFIG_VERSION
+    deepspeed: dict[str, Any] = setting(
+        dict,
+        "further DeepSpeed settings, as in its ds_config.json; used with zero_stage. They may not differ from other keys",
+    )
+    version: int = setting(CONFIG_VERSION, "of this schema")
 
     def __post_init__(self):
         check_fields(self)
         multiple = self.model.document_multiple
         if self.data.reset_documents and self.data.seq_len % multiple:
-            source = "model.mac.segment" if self.model.layer(0).has_segments else "model.memory.chunk_size"
+            source = "model.mac.segment" if VARIANTS[self.model.variant].segments else "model.memory.chunk_size"
             if self.model.pattern is not None:
                 source = "the least common multiple of the chunks and segments of model.pattern"
             below, above = self.data.seq_len // multiple * multiple, -(-self.data.seq_len // multiple) * multiple

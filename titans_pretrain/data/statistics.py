@@ -31,3 +31,18 @@ def unigram_entropy(data_dir: str, split: str = "train", cache_dir: str | None =
         raise ValueError(f"{data_dir} has no {split} tokens")
     share = counts / counts.sum()
     return float(-(share * np.log(share)).sum())
+
+
+def epoch_size(config, split: str = "train") -> tuple[int, int]:
+    """(tokens, columns) of an epoch of all corpora of a config. Columns count the padding that lets each document start at a
+    multiple of model.document_multiple; its share is that of the first shard of each corpus."""
+    data, multiple = config.data, config.model.document_multiple if config.data.reset_documents else 1
+    tokens = columns = 0
+    for path in data.mixture or [data.path]:
+        folder = Folder(path, data.cache_dir)
+        manifest = open_manifest(folder)
+        lengths = load_index(folder, manifest.splits[split][0])[:, 1] // manifest.dtype.itemsize
+        here = manifest.totals(split)["tokens"]
+        tokens += here
+        columns += int(here * (-(-lengths // multiple) * multiple).sum() / lengths.sum())
+    return tokens, columns

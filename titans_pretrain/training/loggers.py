@@ -1,12 +1,15 @@
 """Where the numbers of a run go: metrics.jsonl always, TensorBoard and Weights & Biases on request."""
 
 import json
+import logging
 import os
-import sys
+import secrets
 from pathlib import Path
 from typing import Protocol
 
 from titans_pretrain.config import Config
+
+log = logging.getLogger(__name__)
 
 
 class Logger(Protocol):
@@ -41,9 +44,24 @@ class JsonlLogger:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line cut off by a crash is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a metrics.jsonl; a last line cut off by a crash is left out. Raises ValueError naming a line that is none."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            values = None
+        if (
+            not isinstance(values, dict)
+            or not all(type(v) in (int, float) for v in values.values())
+            or "step" not in values
+        ):
+            raise ValueError(f"{path}, line {number} is not a line of metrics: {line[:60]!r}; remove it")
+        found.append(values)
+    return found
 
 
 class TensorBoardLogger:
@@ -67,7 +85,8 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Offline unless WANDB_MODE says otherwise. Any failure switches it off with one line; it never ends a run."""
+    """One run of Weights & Biases over all resumes: its id stands in RUN/wandb-id. Offline unless WANDB_MODE says otherwise. Any
+    failure switches it off with one line; it never ends a run."""
 
     def __init__(self, config: Config, run_dir: Path):
         self._run = None
@@ -78,9 +97,14 @@ class WandbLogger:
 
         import wandb
 
+        kept = run_dir / "wandb-id"
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(8) + "\n")
         self._run = wandb.init(
             project=config.run.wandb,
             name=config.run.name,
+            id=kept.read_text().strip(),
+            resume="allow",
             dir=str(run_dir),
             mode=os.environ.get("WANDB_MODE", "offline"),
             config=dataclasses.asdict(config),
@@ -102,7 +126,7 @@ class WandbLogger:
             call(*args, **kwargs)
         except Exception as e:  # whatever wandb raises (no package, no key, no network) is not worth a run
             self._run = None
-            print(f"wandb is off: {type(e).__name__}: {' '.join(str(e).split())}", file=sys.stderr)
+            log.warning("wandb is off: %s: %s", type(e).__name__, " ".join(str(e).split()))
 
 
 def build_loggers(config: Config, run_dir: Path, step: int, validated: int) -> list[Logger]:

@@ -1,30 +1,73 @@
 """The loss curve of a run as a picture."""
 
+import logging
+import os
+import tempfile
 from pathlib import Path
 
 from titans_pretrain.training.loggers import read_metrics
 
+log = logging.getLogger(__name__)
+SMOOTHED = 50  # the smoothed curve's memory is one part in so many of the run, in steps
 
-def plot_loss(run_dir: str | Path) -> Path | None:
-    """Draws RUN/metrics.jsonl into RUN/loss.png: training and validation loss over tokens; None without a step."""
+
+def plot_loss(run_dir: str | Path) -> None:
+    """draw_loss for a run that ends: whatever goes wrong is one warning line."""
+    try:
+        draw_loss(run_dir)
+    except Exception as e:  # of matplotlib, its fonts and caches, or the disk: none is worth a run's exit code
+        log.warning("loss.png is not drawn: %s: %s", type(e).__name__, " ".join(str(e).split()))
+
+
+def draw_loss(run_dir: str | Path, unigram_entropy: float | None = None) -> Path | None:
+    """Draws RUN/metrics.jsonl into RUN/loss.png: training and validation loss over tokens; None without a step.
+
+    unigram_entropy: of the validation tokens, nats per token; a line to compare with."""
     run_dir = Path(run_dir)
     lines = read_metrics(run_dir / "metrics.jsonl")
-    training = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
-    validation = [(line["tokens"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    training = [(line["tokens"], line["loss"]) for line in lines if {"loss", "tokens"} <= line.keys()]
+    validation = [
+        (line["tokens"], line["validation_loss"]) for line in lines if {"validation_loss", "tokens"} <= line.keys()
+    ]
     if not training:
         return None
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot(*zip(*training, strict=True), linewidth=0.8, label="training")
+    tokens, losses = zip(*training, strict=True)
+    axes.plot(tokens, losses, linewidth=0.8, color="tab:blue", alpha=0.4, label="training")
+    axes.plot(tokens, smoothed(losses), color="tab:blue", label="training, smoothed")
     if validation:
-        axes.plot(*zip(*validation, strict=True), marker="o", markersize=3, label="validation")
+        axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=3, label="validation")
+    if unigram_entropy is not None:
+        axes.axhline(unigram_entropy, color="gray", linestyle="--", linewidth=1, label="unigram entropy")
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=run_dir.resolve().name)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20M
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(run_dir / "loss.png", dpi=120)
-    return run_dir / "loss.png"
+    target = run_dir / "loss.png"
+    # Not through a link that lies there: the folder may be someone else's.
+    descriptor, temporary = tempfile.mkstemp(suffix=".png", prefix=".writing-", dir=run_dir)
+    try:
+        with open(descriptor, "wb") as file:
+            figure.savefig(file, dpi=120, format="png")
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return target
+
+
+def smoothed(losses: list[float] | tuple[float, ...]) -> list[float]:
+    """Exponential mean over the newest steps, unbiased at the start."""
+    keep = 1 - 1 / max(1.0, len(losses) / SMOOTHED)
+    total, weight, means = 0.0, 0.0, []
+    for loss in losses:
+        total, weight = keep * total + loss, keep * weight + 1
+        means.append(total / weight)
+    return means

@@ -1,5 +1,6 @@
 """What a person sees of a run: a bar on a terminal, plain lines anywhere else."""
 
+import contextlib
 import os
 import sys
 import time
@@ -12,10 +13,12 @@ class Progress:
     def __init__(self, steps: int, done: int, log_every: int):
         self._steps, self._log_every = steps, log_every
         self._times: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=21)  # (clock, tokens so far)
-        self._bar = None
+        self._bar, self._redirected = None, contextlib.ExitStack()
         if _is_terminal():
             from tqdm import tqdm
+            from tqdm.contrib.logging import logging_redirect_tqdm
 
+            self._redirected.enter_context(logging_redirect_tqdm())  # log lines above the bar, not through it
             self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
 
     def update(self, step: int, tokens: int, values: dict) -> None:
@@ -42,6 +45,7 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+        self._redirected.close()
 
 
 def _is_terminal() -> bool:

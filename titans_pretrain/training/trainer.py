@@ -21,6 +21,7 @@ from titans_pretrain.checkpoint import (
 from titans_pretrain.config import Config
 from titans_pretrain.data import Stopped
 from titans_pretrain.training.engine import Engine
+from titans_pretrain.training.gauge import Gauge
 from titans_pretrain.training.loggers import Logger
 from titans_pretrain.training.optimizer import learning_rate
 from titans_pretrain.training.progress import Progress
@@ -38,6 +39,8 @@ class Trainer:
     micro-batch, with state_dict() and load_state_dict(). Everything that decides a future step is the model, the optimizer, the
     random states, the reader's cursor and `step`: a checkpoint holds exactly these, so a resumed run is the same run.
     """
+
+    gauge: Gauge | None = None  # adds numbers to a step's line
 
     def __init__(self, config: Config, engine: Engine, reader, validator: Validator | None, device: torch.device):
         self.config, self.engine, self.reader, self.validator, self.device = config, engine, reader, validator, device
@@ -122,6 +125,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "data_wait": round(waited, 4),
             "peak_memory_mib": round(peak_memory_mib(self.device), 1),
+            **(self.gauge.read(time.perf_counter() - start, self.tokens) if self.gauge else {}),
         }
 
     def _draw(self) -> tuple[list, int, float] | None:

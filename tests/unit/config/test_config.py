@@ -1,7 +1,5 @@
 """Composition, overrides and the messages of titans_pretrain.config."""
 
-import dataclasses
-import json
 import re
 import subprocess
 import sys
@@ -9,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from titans_pretrain.config import Config, ModelConfig, changed_keys, load_config, save_config
+from titans_pretrain import cli
+from titans_pretrain.commands.config import as_text
+from titans_pretrain.config import (
+    Config,
+    ModelConfig,
+    changed_keys,
+    load_config,
+    load_run_config,
+    refuse_commands,
+    save_config,
+)
+from titans_pretrain.config.keys import all_keys
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -205,20 +214,141 @@ def test_every_config_of_the_project_loads(path):
     assert isinstance(load_config(path), Config)
 
 
-def test_the_documentation_lists_every_key_with_its_default():
+def test_the_documentation_lists_every_key_with_its_default_and_meaning():
     text = (CONFIGS.parent / "docs/configuration.md").read_text()
-    found = dict(re.findall(r"^\| `([\w.]+)` \| `(.*?)` \|", text, re.MULTILINE))
-    defaults = dataclasses.asdict(Config())
-    defaults["model"] |= {"ffn_dim": None, "init_std": None}  # derived from dim
-    del defaults["version"]
-    expected = {}
+    found = re.findall(r"^\| `[\w.]+` \| `.*?` \|.*", text, re.MULTILINE)
+    keys = {name: key for name, key in all_keys().items() if name != "version"}
+    expected = [f"| `{name}` | `{as_text(key.default)}` | {key.meaning} |" for name, key in keys.items()]
+    assert all(key.meaning for key in keys.values()), "say in the schema what a key means: setting(default, meaning)"
+    assert sorted(found) == sorted(expected)
 
-    def collect(values, prefix):
-        for key, value in values.items():
-            if isinstance(value, dict) and value:
-                collect(value, f"{prefix}{key}.")
-            else:
-                expected[prefix + key] = value if isinstance(value, str) else json.dumps(value)
 
-    collect(defaults, "")
-    assert found == expected
+def test_config_lists_every_key_as_an_override_says_it(small, capsys):
+    assert cli.main(["config"]) == 0
+    plain = capsys.readouterr().out
+    assert [line.partition("=")[0] for line in plain.splitlines() if line] == list(all_keys())
+    assert re.search(r"^train\.lr=0\.0004 +peak learning rate$", plain, re.MULTILINE)
+    assert re.search(r"^model\.ffn_dim=null ", plain, re.MULTILINE)
+    overrides = [line.split("  ")[0].rstrip() for line in plain.splitlines() if line]
+    assert load_config(None, overrides).model == ModelConfig()
+    assert cli.main(["config", str(small), "train.seed=3"]) == 0
+    found = capsys.readouterr().out
+    assert re.search(r"^train\.seed=3 +of the initial .* \(default 0\)$", found, re.MULTILINE)
+    assert re.search(r"^train\.lr=0\.0003 .* \(default 0\.0004\)$", found, re.MULTILINE)
+    assert cli.main(["config", "train.seed=3"]) == 0
+    assert "train.seed=3 " in capsys.readouterr().out
+
+
+def test_home_and_relative_folders(small, tmp_path, monkeypatch):
+    """Written down so that they mean the same from anywhere; what is no folder of this machine stays as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = load_config(
+        small, ["data.path=~/corpus", "run.dir=~/r/${run.name}", "data.cache_dir=c", "train.resume=~/old"]
+    )
+    assert (config.data.path, config.run.dir) == (f"{tmp_path}/home/corpus", f"{tmp_path}/home/r/small")
+    assert (config.data.cache_dir, config.train.resume) == (f"{tmp_path}/c", f"{tmp_path}/home/old")
+    assert load_config(small, ["data.path=../x/"]).data.path == str(tmp_path.parent / "x")
+    for path in ("pipe:cat ~/{}", "s3://bucket/~/x", "https://a/b/../c"):
+        assert load_config(small, [f"data.path={path}"]).data.path == path
+    mixture = load_config(small, ["data.mixture={a: 2, ~/b: 1, s3://c: 3}"]).data.mixture
+    assert mixture == {f"{tmp_path}/a": 2, f"{tmp_path}/home/b": 1, "s3://c": 3}
+    assert (load_config(small).train.resume, load_config(small, ["train.resume=never"]).train.resume) == (
+        "auto",
+        "never",
+    )
+    with pytest.raises(ValueError, match=r"override 'data.mixture=.*': data.mixture names .*/a twice"):
+        load_config(small, ["data.mixture={a: 2, ./a: 1}"])
+    with pytest.raises(
+        ValueError, match="~nobody-here/x: there is no such home folder; a folder of that name is ./~nobody"
+    ):
+        load_config(small, ["run.dir=~nobody-here/x"])
+
+
+def test_the_command_line_knows_the_home_folder(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["report", "~/gone"]) == 2
+    assert f"{tmp_path}/gone is not a run folder" in capsys.readouterr().err
+
+
+def test_values_may_refer_to_defaults(small, write):
+    assert load_config(small, ["run.dir=/scratch/${run.name}"]).run.dir == "/scratch/small"
+    config = load_config(write("d.yaml", "train: {min_lr: '${train.lr}', seed: '${model.memory.depth}'}\n"))
+    assert (config.train.min_lr, config.train.seed, config.run.dir) == (4e-4, 2, "runs/d")
+    assert load_config(small, ["run.name=x", "data.cache_dir=/c/${run.dir}"]).data.cache_dir == "/c/runs/x"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "blamed"),
+    [
+        (["train.seed=1", "train.stepz=3"], "override 'train.stepz=3': unknown key train.stepz; did you mean train.steps?"),
+        (["train.lr=x", "train.steps=y"], "override 'train.steps=y': train.steps = 'y': must be an integer"),
+        (["model.variant=mac", "data.seq_len=528"], "overrides 'model.variant=mac' and 'data.seq_len=528': data.seq_len=528 must"),
+        (["train.lr=1e-9", "train.seed=1"], "override 'train.lr=1e-9': train.min_lr=1e-05 is above train.lr=1e-09"),
+        (["train.steps=1", "train.steps=x", "train.steps=y"], "override 'train.steps=y': train.steps = 'y': must be an integer"),
+        (["model.pattern=[mag]", "model.pattern.0=mac"], "override"),
+    ],
+)  # fmt: skip
+def test_an_error_blames_the_override_without_which_it_would_not_be(small, overrides, blamed):
+    with pytest.raises(ValueError) as e:
+        load_config(small, overrides)
+    assert str(e.value).startswith(blamed)
+
+
+def test_an_error_of_the_file_blames_the_file(write):
+    path = write("bad.yaml", "train: {steps: x}\n")
+    with pytest.raises(ValueError, match=r"^\S*bad.yaml: train.steps = 'x': must be an integer"):
+        load_config(path, ["train.seed=1", "run.name=y"])
+    assert load_config(path, ["train.steps=1"]).train.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--train.lr=3"], "unrecognized arguments: --train.lr=3; settings have no dashes: train.lr=3"),
+        (["--lr", "3"], "settings have no dashes: train.lr=3"),
+        (["--global-batch=4", "train.seed=1"], "settings have no dashes: train.global_batch=4"),
+        (["--zzz"], "unrecognized arguments: --zzz"),
+    ],
+)
+def test_a_setting_given_as_an_option_is_shown_in_its_form(small, capsys, arguments, hint):
+    with pytest.raises(SystemExit) as e:
+        cli.main(["plan", str(small), *arguments])
+    assert e.value.code == 2
+    assert capsys.readouterr().err.strip().endswith(hint)
+
+
+def test_the_config_of_a_run_folder_looks_nothing_up(tmp_path, monkeypatch):
+    """It may be someone else's: their config must not reach this machine's secrets. What save_config wrote loads."""
+    monkeypatch.setenv("SECRET", "s3cret")
+    (tmp_path / "config.yaml").write_text("data: {path: 'https://elsewhere/${oc.env:SECRET}', cache_dir: /c}\n")
+    assert load_config(tmp_path / "config.yaml").data.path.endswith("s3cret")  # a user's own file may
+    for text in ("${oc.env:SECRET}", r"\\${oc.env:SECRET}", "a${${x}:SECRET}"):
+        (tmp_path / "config.yaml").write_text(f"data: {{path: 'https://elsewhere/{text}', cache_dir: /c}}\n")
+        with pytest.raises(
+            ValueError, match=r"config.yaml: .*SECRET.* refers to another value, which nothing in a run folder"
+        ):
+            load_run_config(tmp_path, ["train.seed=1"])
+    config = load_config(None, [r"data.path='pipe:cat \${DIR}/{}'"])
+    assert config.data.path == "pipe:cat ${DIR}/{}"
+    save_config(config, tmp_path / "config.yaml")
+    assert load_run_config(tmp_path).data.path == "pipe:cat ${DIR}/{}"
+
+
+def test_commands_of_a_run_folder_are_run_only_if_given_again(tmp_path):
+    config = load_config(None, ["data.path=pipe:cat {}"])
+    with pytest.raises(
+        ValueError, match="own config reads its data by 'pipe:cat {}'; to allow it, give it again: 'data.path=pipe:"
+    ):
+        refuse_commands(config)
+    with pytest.raises(ValueError, match="own config reads"):
+        refuse_commands(config, ["data.path=pipe:dog {}", "run.name=pipe:cat {}", "data=${x}", "data.mixture=null"])
+    refuse_commands(config, ["train.seed=1", "data.path=pipe:cat {}"])
+    config.data.path = r"pipe:cat ${DIR}/{}"
+    refuse_commands(config, [r"data.path=pipe:cat \${DIR}/{}"])
+    config.data.path, config.data.mixture = None, {"/a": 1.0, "reference::https://x/y.json": 2.0}
+    with pytest.raises(ValueError, match="reads its data by 'reference::"):
+        refuse_commands(config, ["data.mixture={/a: 1}"])
+    refuse_commands(config, ["data.mixture={'reference::https://x/y.json': 2}"])
+    config.data.mixture = {"s3://bucket/x": 1.0}
+    refuse_commands(config)

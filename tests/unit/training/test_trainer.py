@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -314,8 +315,8 @@ def test_plain_progress_lines(capsys):
 def test_a_terminal_gets_a_bar_and_one_without_a_size_gets_lines(rows, columns):
     """In a process whose standard error is a terminal of that size."""
     code = (
-        "from titans_pretrain.training.progress import Progress\n"
-        "progress = Progress(steps=2, done=0, log_every=1)\n"
+        "import logging\nfrom titans_pretrain.training.progress import Progress\nlogging.basicConfig(format='%(message)s')\n"
+        "progress = Progress(steps=2, done=0, log_every=1)\nlogging.warning('a warning')\n"
         "for step in (1, 2):\n"
         "    progress.update(step, 100, {'loss': 2.5, 'lr': 1e-3, 'grad_norm': 1.25})\n"
         "progress.note('told')\nprogress.close()"
@@ -335,7 +336,10 @@ def test_a_terminal_gets_a_bar_and_one_without_a_size_gets_lines(rows, columns):
         assert b"2/2 [" in shown
         assert b"loss 2.5000, " in shown
         assert b"tokens/s" in shown
+        assert b"\ra warning\r\n" in re.sub(rb" +|\x1b\[A", b"", shown).replace(
+            b"awarning", b"a warning"
+        )  # on a line of its own
         assert out == "told\n"
     else:
-        assert shown == b""
+        assert shown == b"a warning\r\n"
         assert [line[:8] for line in out.splitlines()] == ["step 1/2", "step 2/2", "told"]

@@ -1,0 +1,38 @@
+"""Folders that a config names: absolute, so that they mean the same from anywhere."""
+
+import os
+
+from titans_pretrain.config.schema import Config
+
+
+def locate(config: Config) -> None:
+    """Expands `~` in every path of a config, and makes all but the run folder absolute. URLs and `pipe:` commands stay as they
+    are. Raises ValueError for a home folder that does not exist and for one folder given twice."""
+    data, train = config.data, config.train
+    if config.run.dir:
+        config.run.dir = expand_home(config.run.dir)
+    if data.path:
+        data.path = _absolute(data.path)
+    if data.cache_dir:
+        data.cache_dir = _absolute(data.cache_dir)
+    if train.resume not in ("auto", "never"):
+        train.resume = _absolute(train.resume)
+    if train.init_from:
+        train.init_from = _absolute(train.init_from)
+    folders = [_absolute(path) for path in data.mixture]
+    for i, path in enumerate(folders):
+        if path in folders[:i]:
+            raise ValueError(f"data.mixture names {path} twice; give each folder once")
+    data.mixture = dict(zip(folders, data.mixture.values(), strict=True))
+
+
+def expand_home(path: str) -> str:
+    """`~/x` in the home folder. Raises ValueError for `~name` where nobody has that name."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"{path}: there is no such home folder; a folder of that name is ./{path}")
+    return expanded
+
+
+def _absolute(path: str) -> str:
+    return path if path.startswith("pipe:") or "://" in path else os.path.abspath(expand_home(path))
