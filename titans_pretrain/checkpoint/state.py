@@ -7,7 +7,7 @@ trainer.json    step, tokens, the reader's cursor, optimizer steps
 config.yaml     the resolved config
 
 The names and shapes are those of the model on one device, whatever layout wrote them: a sharded tensor is written in pieces and
-read in others. Every rank writes its part; every rank reads what it needs, by itself.
+read in others. Every rank writes its part, and reads what it needs; what several need, one of them reads (spread.py).
 """
 
 import contextlib
@@ -85,10 +85,10 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, tensor_group=None) -> dict:
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, tensor_group=None, data_group=None) -> dict:
     """Puts a checkpoint of any layout back into a model, its optimizer and the random generators; returns the trainer's numbers.
 
-    See save_checkpoint for the arguments. With several processes all call it, and it raises on all or none: ValueError for a
+    See save_checkpoint for the arguments; data_group: ranks with the same parameters, which read them once. With several processes all call it, and it raises on all or none: ValueError for a
     checkpoint that does not fit, OSError for one that cannot be read."""
     trainer = read_trainer(checkpoint)
     trained = _trained(model)
@@ -98,7 +98,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, tensor_group=
         _read(checkpoint, {_key(kind, n): _global(t, trained[n], tensor_group) for n, t in tensors.items()})
 
     with _reading(checkpoint):
-        states_of(optimizer).load(trained, trainer["optimizer_steps"], read)
+        states_of(optimizer, data_group).load(trained, trainer["optimizer_steps"], read)
         _read(checkpoint, _untrained(model, tensor_group))
         rng = torch.load(checkpoint / "rng.pt", weights_only=True)
     _set_rng_states(rng)
@@ -111,8 +111,9 @@ def load_model(path: str | Path) -> tuple[nn.Module, Config]:
 
     checkpoint = find_checkpoint(path)
     config = load_config(checkpoint / "config.yaml")
-    model = build_model(config.model)
-    load_weights(checkpoint, model)
+    with torch.device("meta"):
+        model = build_model(config.model)
+    load_weights(checkpoint, model.to_empty(device="cpu"))
     return model.eval(), config
 
 

@@ -37,7 +37,7 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Goes on from a checkpoint of this model and data."""
         engine = self.engine
-        trainer = load_checkpoint(checkpoint, engine.model, engine.optimizer, engine.tensor_group)
+        trainer = load_checkpoint(checkpoint, engine.model, engine.optimizer, engine.tensor_group, engine.data_group)
         self.reader.load_state_dict(trainer["reader"])
         self.step, self.tokens, self.validated = trainer["step"], trainer["tokens"], trainer["validated"]
         self.saved = checkpoint
