@@ -1,6 +1,7 @@
 """Running a part of a model without data, to count bytes: every operation gives shapes and nothing is computed."""
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -77,6 +78,7 @@ def without_data() -> Iterator[None]:
 
     with (
         FakeTensorMode(),
+        warnings.catch_warnings(action="ignore", category=FutureWarning),  # torch's, of calls that libraries make
         mock.patch.object(Walk, "forward", forward),
         mock.patch.object(WalkBack, "span", backward),
     ):
