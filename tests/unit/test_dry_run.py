@@ -63,9 +63,13 @@ def by_of(by: dict, columns: slice) -> dict:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"chunk_size": 6, "checkpoint_every": 3}, {"forget_to": "initial", "depth": 3}]
+    ("variant", "split", "changes"),
+    [
+        ("mag", False, {"chunk_size": 6, "checkpoint_every": 3}),
+        ("mal", True, {}),
+        ("mac", False, {"forget_to": "initial", "depth": 3}),
+    ],
 )
-@pytest.mark.parametrize(("variant", "split"), [("mag", False), ("mal", True), ("mac", False)])
 def test_without_data_as_many_bytes_are_alive(variant, split, changes):
     """One span of each shape is walked through; real tensors walk through all."""
     memory = MemoryConfig(**{"heads": 2, "chunk_size": 3, "expansion": 2.0, **changes})
