@@ -5,8 +5,8 @@
 
 Every layout has its own processes. Measured are the bytes of all tensors that a step makes, from its first forward to its last
 backward pass, at the moment when most of them are alive (commands/dry_run.py's LiveBytes, one storage counted once): not the
-resident set, in which the allocator's own has its part. Gradients are there before the step, and those that a walk over segments
-collects are taken off: plan counts both among the gradients. Of a pipeline every rank is shown that differs.
+resident set, in which the allocator's own has its part. Gradients are there before the step, and those that a walk over
+segments collects are taken off: plan counts both among the gradients. Of a pipeline every rank is shown that differs.
 """
 
 import json

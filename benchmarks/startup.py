@@ -4,8 +4,8 @@
     python -m benchmarks.startup --pretend 1024 parallel.tp=8 parallel.pp=4 parallel.cp=4 --rank 777     # one of them
 
 One process stands for a rank of so many; torch's fake process group takes its messages. It makes the mesh, builds the model on
-the meta device and keeps its part of it, all as `titans-pretrain train` does, with every weight left without memory. Counted are the
-calls that make process groups, the bytes of tensors with memory, and the parameters that the rank has.
+the meta device and keeps its part of it, all as `titans-pretrain train` does, with every weight left without memory. Counted
+are the calls that make process groups, the bytes of tensors with memory, and the parameters that the rank has.
 """
 
 import os

@@ -88,8 +88,9 @@ def save_checkpoint(
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, tensor_group=None, data_group=None) -> dict:
     """Puts a checkpoint of any layout back into a model, its optimizer and the random generators; returns the trainer's numbers.
 
-    See save_checkpoint for the arguments; data_group: ranks with the same parameters, which read them once. With several processes all call it, and it raises on all or none: ValueError for a
-    checkpoint that does not fit, OSError for one that cannot be read."""
+    See save_checkpoint for the arguments; data_group: ranks with the same parameters, which read them once. With several
+    processes all call it, and it raises on all or none: ValueError for a checkpoint that does not fit, OSError for one that
+    cannot be read."""
     trainer = read_trainer(checkpoint)
     trained = _trained(model)
     _check_fit(checkpoint, model, trained, tensor_group)

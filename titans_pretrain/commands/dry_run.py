@@ -16,8 +16,8 @@ from titans_pretrain.kernels.memory_scan.chunked.walk_back import WalkBack
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside `with`: the bytes of the tensors that were made there and are still alive (`now`), and the most there were (`peak`).
-    A storage counts once and whole, whoever views it. Real tensors and fake ones; one thread."""
+    """Inside `with`: the bytes of the tensors that were made there and are still alive (`now`), and the most there were
+    (`peak`). A storage counts once and whole, whoever views it. Real tensors and fake ones; one thread."""
 
     def __init__(self):
         super().__init__()

@@ -42,8 +42,8 @@ def with_values(
     device: torch.device,
     shard: Callable[[str, nn.Module], nn.Module] = lambda _, part: part,
 ) -> nn.Module:
-    """A part of a model, sharded, on the device instead of the meta device. seed: None: NaN, and of the whole part no page of memory
-    is touched. A device that is the meta device gets no values."""
+    """A part of a model, sharded, on the device instead of the meta device. seed: None: NaN, and of the whole part no page of
+    memory is touched. A device that is the meta device gets no values."""
     without, there = next(part.parameters()).is_meta, device.type != "meta"
     if without and there:
         part.to_empty(device="cpu")

@@ -1,5 +1,5 @@
-"""Process groups, each made by its own ranks alone: in a run of thousands of processes a rank makes about ten and waits for nobody
-else."""
+"""Process groups, each made by its own ranks alone: in a run of thousands of processes a rank makes about ten and waits for
+nobody else."""
 
 from collections.abc import Iterable
 from datetime import timedelta

@@ -1,10 +1,10 @@
 """How LayerStates pass from one segment of a sequence to the next: within a process, or around a ring of context-parallel ranks.
 
 Segment s of k * P lives on rank s mod P, so the next segment is always at the right neighbour (with P = 1, here). Forward, a
-layer's state goes right; backward, its gradient comes back left. States and gradients, and links that meet, have process groups of
-their own: on NCCL what two ranks exchange in one group waits for each other, and a receive posted early must not hold up a send.
-All transfers are point-to-point and asynchronous, one message per layer and segment, of a size that does not depend on the
-segments' length.
+layer's state goes right; backward, its gradient comes back left. States and gradients, and links that meet, have process groups
+of their own: on NCCL what two ranks exchange in one group waits for each other, and a receive posted early must not hold up a
+send. All transfers are point-to-point and asynchronous, one message per layer and segment, of a size that does not depend on
+the segments' length.
 """
 
 from collections.abc import Callable
