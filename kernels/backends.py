@@ -65,8 +65,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def values_at_hand(x: Tensor) -> bool:
-    """May a check read x's values? On a CPU that costs next to nothing; another device would have to finish its work first."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """May a check read x's values? On a CPU that costs next to nothing; another device would have to finish its work first, and
+    torch's FakeTensor says that it is on a CPU and has none."""
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 @cache

@@ -120,18 +120,19 @@ def _train(engine, config, mesh) -> dict:
     place = () if mesh is None else (mesh.data.rank, mesh.data.size, mesh.context.rank, mesh.context.size)
     found = {"losses": [], "norms": []}
     for step in range(STEPS):
+        rate = config.train.lr * (1 - step / 10)  # not what the optimizer was made with
         batches = micro_batches(config, step, *place)
         targets = engine.count(batches)
         found["losses"].append(engine.forward_backward(batches, targets))
         if mesh is None:
             if step == 0:
                 found["gradients"] = {n: p.grad.clone() for n, p in engine.model.named_parameters()}
-            found["norms"].append(engine.update(config.train.lr))
+            found["norms"].append(engine.update(rate))
         else:
             engine.reduce_gradients()
             if step == 0:
                 found["gradients"] = full_tensors(engine, mesh, _gradient)
-            found["norms"].append(engine.step(config.train.lr))
+            found["norms"].append(engine.step(rate))
     found["weights"] = (
         {n: p.detach().clone() for n, p in engine.model.named_parameters()}
         if mesh is None
@@ -202,7 +203,7 @@ def _list(x) -> list:
 def run_and_save(values: dict, steps: int, run_dir) -> None:
     """On every rank: trains from the start and saves a checkpoint."""
     config, model = fresh(values)
-    with _engine(config, model) as (engine, place):
+    with running_engine(config, model) as (engine, place):
         for step in range(steps):
             _step(engine, config, step, place)
         _save(engine, config, steps, run_dir)
@@ -214,9 +215,10 @@ def resume_each(values: dict, checkpoints: list, steps: int, run_dir) -> list[di
 
     config, model = fresh(values)
     results = []
-    with _engine(config, model) as (engine, place):
+    with running_engine(config, model) as (engine, place):
         for number, checkpoint in enumerate(checkpoints):
-            start = load_checkpoint(checkpoint, engine.model, engine.optimizer, engine.tensor_group)["step"]
+            groups = engine.tensor_group, engine.data_group
+            start = load_checkpoint(checkpoint, engine.model, engine.optimizer, *groups)["step"]
             _save(engine, config, start, run_dir / str(number))
             losses = [_step(engine, config, step, place) for step in range(start, start + steps)]
             _save(engine, config, start + steps, run_dir / str(number))
@@ -229,14 +231,14 @@ def start_and_save(values: dict, checkpoint, run_dir) -> int:
     from titans_pretrain.checkpoint import load_initial, read_trainer
 
     config, model = fresh(values)
-    with _engine(config, model) as (engine, _):
-        load_initial(checkpoint, engine.model, engine.optimizer, engine.tensor_group)
+    with running_engine(config, model) as (engine, _):
+        load_initial(checkpoint, engine.model, engine.optimizer, engine.tensor_group, engine.data_group)
         _save(engine, config, 0, run_dir)
     return read_trainer(run_dir / "checkpoints/step-00000000")["optimizer_steps"]
 
 
 @contextlib.contextmanager
-def _engine(config, model):
+def running_engine(config, model):
     """The engine of this process, alone or among the ranks, and its place among the readers."""
     if not dist.is_initialized():
         yield build_engine(config, model, Mesh(torch.device("cpu"))), ()

@@ -51,6 +51,7 @@ QUICK = {
     ("cp2", "lmm"),
     ("cp2-k3", "mag"),
     ("cp2-k3", "mac"),
+    ("cp4", "lmm"),  # of two ranks either is the other's left and right neighbour
     ("dp2", "transformer"),
     ("dp2-zero1", "mag"),
     ("dp2-zero2", "mal"),
@@ -107,6 +108,7 @@ QUICK_SPECIAL = {
     "pp2-interleaved",
     "cp2-recompute-segment",
     "cp2-inflight",
+    "cp2-zero1",
     "zero2-recompute-segment",
     "tp2-hidden",
     "pp2-zero1",

@@ -4,6 +4,7 @@ import pytest
 import torch
 from parity import case, fresh, micro_batches
 
+from benchmarks import plan
 from titans_pretrain.commands.layout import build_layout
 
 
@@ -79,3 +80,17 @@ def test_a_plan_tells_what_processes_hold_and_send(ranks, name):
         assert found["optimizer"] == pytest.approx(planned["optimizer"], rel=0.02)
         sent = layout.micro_batches * layout.ring_bytes(context_rank, pipeline_rank) if config.parallel.cp > 1 else 0
         assert found["sent"] == sent
+
+
+QUICK_ACTIVATIONS = {"recompute segment, k=4", "tp 2", "pp 2"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK_ACTIVATIONS else [pytest.mark.slow]) for name in plan.LAYOUTS],
+)
+def test_a_plan_tells_within_a_tenth_what_activations_processes_hold(ranks, name):
+    world, changes = plan.LAYOUTS[name]
+    found = [plan.measure(changes)] if world == 1 else ranks(world).run(plan.measure, changes)
+    for place, planned, measured in plan.compare(world, changes, found):
+        assert planned == pytest.approx(measured, rel=0.1), f"pipeline rank {place}"

@@ -28,6 +28,11 @@ def test_the_data_parallel_degree_is_what_the_others_leave():
         ({"parallel": {"tp": 3}}, 3, "parallel.tp=3"),
         ({"parallel": {"pp": 8}}, 8, "model.layers=4 is fewer than 8 pipeline stages .* lower parallel.pp to 4"),
         ({"parallel": {"pp": 4}, "train": {"micro_batch": 8, "global_batch": 16}}, 4, "try train.global_batch=32"),
+        (
+            {"parallel": {"pipeline_schedule": "interleaved", "stages_per_rank": 2}},
+            1,
+            "stages_per_rank=2 .* parallel.pp=1 has no pipeline",
+        ),
         ({"parallel": {"inflight": 2}}, 1, "parallel.inflight=2 fills a context-parallel ring"),
         ({"parallel": {"zero_stage": 2, "pp": 2}}, 2, "use parallel.zero_stage=1"),
         ({"parallel": {"zero_stage": 3, "cp": 2}}, 2, "at different layers; use parallel.zero_stage=2"),

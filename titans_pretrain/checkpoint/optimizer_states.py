@@ -5,9 +5,12 @@ put together parameter by parameter, and each rank keeps only its share of the p
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from titans_pretrain.checkpoint.spread import read_shared
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
@@ -17,8 +20,9 @@ Read = Callable[[str, dict[str, Tensor]], None]  # (kind, name -> tensor to be f
 class TorchStates:
     """Of a torch.optim.AdamW: the tensors themselves."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self.optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, data_group=None):
+        """data_group: ranks that hold the same, None: this one alone."""
+        self.optimizer, self.data_group = optimizer, data_group
 
     def steps(self) -> int:
         """Finished steps."""
@@ -36,7 +40,8 @@ class TorchStates:
             for p in group["params"]:
                 self.optimizer.state[p] = _empty_state(self.optimizer, p, steps)
         for kind in KINDS:
-            read(kind, {name: self._tensor(p, kind) for name, p in named.items()})
+            tensors = {name: self._tensor(p, kind) for name, p in named.items()}
+            read_shared(partial(read, kind), tensors, self.data_group)
 
     def _tensor(self, p: nn.Parameter, kind: str) -> Tensor:
         return p.data if kind == "weight" else self.optimizer.state[p][kind]
@@ -49,9 +54,9 @@ class ZeroStates:
 
     def __init__(self, engine):
         self.zero = engine.optimizer
-        self.stage = engine.zero_optimization_stage()
-        self.rank = torch.distributed.get_rank(engine.data_parallel_group)
-        self.size = torch.distributed.get_world_size(engine.data_parallel_group)
+        self.stage, self.data_group = engine.zero_optimization_stage(), engine.data_parallel_group
+        self.rank = torch.distributed.get_rank(self.data_group)
+        self.size = torch.distributed.get_world_size(self.data_group)
 
     def steps(self) -> int:
         return _steps(self.zero.optimizer)
@@ -96,7 +101,8 @@ class ZeroStates:
         raise AssertionError(f"{type(self.zero).__name__} keeps its partitions elsewhere")
 
     def _fill(self, named: dict[str, nn.Parameter], kind: str, part: dict[str, Tensor], read: Read) -> None:
-        read(kind, part)
+        alike = self.stage == 3 or kind == "weight"  # on all ranks; of moments each has others
+        read_shared(partial(read, kind), part, self.data_group if alike else None)
         write = self._write_partition if self.stage == 3 else self._write
         for name, value in part.items():
             write(named[name], kind, value)
@@ -127,9 +133,11 @@ class ZeroStates:
             safe_set_local_optimizer_state(p, piece, kind)
 
 
-def states_of(optimizer) -> TorchStates | ZeroStates:
-    """optimizer: a torch optimizer or a DeepSpeed engine."""
-    return TorchStates(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else ZeroStates(optimizer)
+def states_of(optimizer, data_group=None) -> TorchStates | ZeroStates:
+    """optimizer: a torch optimizer, the same on all ranks of data_group, or a DeepSpeed engine, which knows its own."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return TorchStates(optimizer, data_group)
+    return ZeroStates(optimizer)
 
 
 def _empty_state(optimizer: torch.optim.Optimizer, p: Tensor, steps: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ config.yaml     the resolved config
 SHA256SUMS      of all these files
 
 The names and shapes are those of the model on one device, whatever layout wrote them: a sharded tensor is written in pieces and
-read in others. Every rank writes its part; every rank reads what it needs, by itself.
+read in others. Every rank writes its part, and reads what it needs; what several need, one of them reads (spread.py).
 """
 
 import io
@@ -91,31 +91,37 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer, tensor_group=None, *, checked: bool = False) -> dict:
+def load_checkpoint(
+    checkpoint: Path, model: nn.Module, optimizer, tensor_group=None, data_group=None, *, checked: bool = False
+) -> dict:
     """Puts a checkpoint of any layout back into a model, its optimizer and the random generators; returns the trainer's numbers.
 
-    See save_checkpoint for the arguments; checked: its files have been compared with their checksums. With several processes
-    all call it, and it raises on all or none: ValueError for a checkpoint that does not fit, DamagedCheckpoint (a ValueError)
-    that names the file, OSError for one that cannot be read."""
+    See save_checkpoint for the arguments; data_group: ranks with the same parameters, which read them once; checked: its files
+    have been compared with their checksums. With several processes all call it, and it raises on all or none: ValueError for a
+    checkpoint that does not fit, DamagedCheckpoint (a ValueError) that names the file, OSError for one that cannot be read."""
     if not checked:
         check_files(checkpoint)
     trainer = read_trainer(checkpoint)
-    _take_over(checkpoint, model, optimizer, tensor_group, trainer["optimizer_steps"], KINDS)
+    _take_over(checkpoint, model, optimizer, tensor_group, data_group, trainer["optimizer_steps"], KINDS)
     with reading(checkpoint):
         _set_rng_states(checkpoint / "rng.pt")
     return trainer
 
 
-def load_initial(checkpoint: Path, model: nn.Module, optimizer, tensor_group=None, *, checked: bool = False) -> None:
+def load_initial(
+    checkpoint: Path, model: nn.Module, optimizer, tensor_group=None, data_group=None, *, checked: bool = False
+) -> None:
     """Puts the weights alone of a checkpoint of any layout into a model, and its optimizer where that of a new run starts.
     Arguments and errors as of load_checkpoint."""
     if not checked:
         check_files(checkpoint)
     read_trainer(checkpoint)
-    _take_over(checkpoint, model, optimizer, tensor_group, 0, ("weight",))
+    _take_over(checkpoint, model, optimizer, tensor_group, data_group, 0, ("weight",))
 
 
-def _take_over(checkpoint: Path, model: nn.Module, optimizer, tensor_group, steps: int, kinds: Sequence[str]) -> None:
+def _take_over(
+    checkpoint: Path, model: nn.Module, optimizer, tensor_group, data_group, steps: int, kinds: Sequence[str]
+) -> None:
     """kinds: of KINDS, that come from the checkpoint; the others are zero, as before a first step."""
     trained = _trained(model)
     _check_fit(checkpoint, model, trained if kinds == KINDS else {}, tensor_group)
@@ -128,7 +134,7 @@ def _take_over(checkpoint: Path, model: nn.Module, optimizer, tensor_group, step
                 tensor.zero_()
 
     with reading(checkpoint):
-        states_of(optimizer).load(trained, steps, read)
+        states_of(optimizer, data_group).load(trained, steps, read)
         _read(checkpoint, _untrained(model, tensor_group))
 
 
@@ -138,8 +144,9 @@ def load_model(path: str | Path) -> tuple[nn.Module, Config]:
 
     checkpoint = find_checkpoint(path)
     config = load_config(checkpoint / "config.yaml")
-    model = build_model(config.model)
-    load_weights(checkpoint, model)
+    with torch.device("meta"):
+        model = build_model(config.model)
+    load_weights(checkpoint, model.to_empty(device="cpu"))
     return model.eval(), config
 
 

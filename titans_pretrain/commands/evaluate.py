@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from titans_pretrain.checkpoint import find_checkpoint, find_tokenizer, load_weights
 from titans_pretrain.commands.table import format_table
 from titans_pretrain.commands.train import check_data_is_set
@@ -31,9 +33,10 @@ def evaluate(path: str, overrides: Sequence[str] = (), split: str = "validation"
         raise ValueError(
             f"{checkpoint} was trained on tokens of {trained}, the data has those of {found}; give data of the former"
         )
-    model = build_model(config.model)
-    load_weights(checkpoint, model)
-    found = Validator(reader, batches or config.train.eval_batches).run(SingleEngine(config, model.to(device), device))
+    with torch.device("meta"):
+        model = build_model(config.model)
+    load_weights(checkpoint, model.to_empty(device=device))
+    found = Validator(reader, batches or config.train.eval_batches).run(SingleEngine(config, model, device))
     return format_table(
         {
             "checkpoint": checkpoint,

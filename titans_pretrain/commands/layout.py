@@ -3,23 +3,18 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 
+from titans_pretrain.commands.activations import Steps, activation_bytes, count_steps
 from titans_pretrain.config import Config
-from titans_pretrain.config.model import LayerConfig
-from titans_pretrain.kernels.memory_scan.chunked.spans import spans_of
 from titans_pretrain.models import TitansForCausalLM, build_model
 from titans_pretrain.models.state import tensors
 from titans_pretrain.parallel.layout import check_layout, needs_segments, stage_layers
 from titans_pretrain.parallel.segments import state_template
 from titans_pretrain.parallel.stage import stage_parts
-
-# Bytes kept for the backward pass per token and model dimension, besides the feed-forward part and the memory's states:
-# (fp32, bf16), counted with saved-tensor hooks (tests/integration/test_plan.py holds them to that).
-_KEPT = {"transformer": (40, 36), "lmm": (100, 95), "mal": (128, 119), "mag": (140, 135), "mac": (275, 245)}
-_KEPT_FFN = (16, 9.5)  # likewise, per token and hidden dimension of the feed-forward part
 
 
 @dataclass(frozen=True)
@@ -74,9 +69,30 @@ class Layout:
         return sum(p.numel() for part in parts for p in self.model.get_submodule(part).parameters())
 
     def memory(self, pipeline_rank: int) -> dict[str, float]:
-        """Bytes of a process; see state_bytes and activation_bytes."""
+        """Bytes of a process; see state_bytes and activations.py."""
         held = state_bytes(self.config, self.parameters(pipeline_rank), self.dp)
-        return held | {"activations": activation_bytes(self, pipeline_rank)}
+        return held | {"activations": self.activations(pipeline_rank)}
+
+    def activations(self, pipeline_rank: int = 0) -> float:
+        """Bytes that a process holds at most for its backward passes and beside them."""
+        stages = self.stages[pipeline_rank :: self.config.parallel.pp]
+        in_flight = self.passes_at_once(pipeline_rank)
+        return activation_bytes(self.config, self._steps, stages, self.micro_batches, in_flight)
+
+    def passes_at_once(self, pipeline_rank: int) -> int:
+        """Forward passes of the rank's stages whose backward pass is still to come."""
+        p = self.config.parallel
+        passes, behind = self.micro_batches * p.stages_per_rank, p.pp - 1 - pipeline_rank
+        if p.pp == 1:
+            return min(passes, p.inflight)
+        if p.pipeline_schedule == "interleaved":
+            return min(passes, 2 * behind + (p.stages_per_rank - 1) * p.pp + 1)
+        return min(passes, behind + 1)
+
+    @cached_property
+    def _steps(self) -> Steps:
+        with one_rank(self.config) as model:
+            return count_steps(self.config, model)
 
     @property
     def fullest(self) -> int:
@@ -90,14 +106,24 @@ def build_layout(config: Config, processes: int | None = None) -> Layout:
     if processes is not None and processes < 1:
         raise ValueError(f"--processes must be 1 or more, got {processes}")
     dp = check_layout(config, processes or p.tp * p.cp * p.pp)
+    with one_rank(config) as model:
+        return Layout(config, dp, model)
+
+
+@contextlib.contextmanager
+def one_rank(config: Config) -> Iterator[TitansForCausalLM]:
+    """The model as one tensor-parallel rank has it, on the meta device; inside, it runs there as among the others."""
+    p = config.parallel
     with torch.device("meta"):
         model = build_model(config.model)
-    if p.tp > 1:
-        from titans_pretrain.parallel.tensor import shard_tensors
+    if p.tp == 1:
+        yield model
+        return
+    from titans_pretrain.parallel.tensor import shard_tensors
 
-        with _pretended_ranks(p.tp):
-            shard_tensors(model, sequence_parallel=p.sequence_parallel, memory_split=p.memory_split)
-    return Layout(config, dp, model)
+    with _pretended_ranks(p.tp):
+        shard_tensors(model, sequence_parallel=p.sequence_parallel, memory_split=p.memory_split)
+        yield model
 
 
 @contextlib.contextmanager
@@ -140,57 +166,3 @@ def state_bytes(config: Config, parameters: int, dp: int) -> dict[str, float]:
         "gradients": gradients,
         optimizer: parameters * (12 / ranks if p.zero_stage else 8),
     }
-
-
-def activation_bytes(layout: Layout, pipeline_rank: int = 0) -> float:
-    """Bytes that a process holds at most for its backward passes, estimated. Of what tensor parallelism saves, only the
-    feed-forward part and the memory's states are counted, unless parallel.sequence_parallel splits all of it."""
-    stages = [_stage_bytes(layout, stage) for stage in layout.stages[pipeline_rank :: layout.config.parallel.pp]]
-    kept, again = max(stages, key=sum)
-    return _passes_at_once(layout, pipeline_rank) * kept + again
-
-
-def _stage_bytes(layout: Layout, layers: range) -> tuple[float, float]:
-    """What one forward pass of a stage keeps, and what its backward pass adds where it runs something again."""
-    config, p, train = layout.config, layout.config.parallel, layout.config.train
-    tokens = train.micro_batch * config.data.seq_len // p.cp
-    segments = p.segments_per_rank if needs_segments(config) else 1
-    inputs = tokens * config.model.dim * 4
-    states = segments * sum(layout.payload(i, p.segments - 1) for i in layers) if p.segments > 1 else 0
-    if train.recompute == "none":
-        return sum(_block_bytes(layout, i, tokens) for i in layers), 0
-    blocks = [_block_bytes(layout, i, tokens // segments) for i in layers]
-    if train.recompute == "block":
-        return len(layers) * inputs + states, max(blocks)
-    return inputs + states, sum(blocks)
-
-
-def _passes_at_once(layout: Layout, pipeline_rank: int) -> int:
-    """Forward passes of a stage whose backward pass is still to come."""
-    p, all_passes = layout.config.parallel, layout.micro_batches * layout.config.parallel.stages_per_rank
-    if p.pp == 1:
-        return min(all_passes, p.inflight)
-    behind = p.pp - 1 - pipeline_rank
-    if p.pipeline_schedule == "interleaved":
-        return min(all_passes, 2 * behind + (p.stages_per_rank - 1) * p.pp + 1)
-    return min(all_passes, behind + 1)
-
-
-def _block_bytes(layout: Layout, layer: int, tokens: int) -> float:
-    """What one block keeps of so many tokens (all rows of a micro-batch together)."""
-    c, p, train = layout.model.layers[layer].config, layout.config.parallel, layout.config.train
-    bf16 = train.precision == "bf16"
-    kept = _kept(c)[bf16] * c.dim / (p.tp if p.sequence_parallel else 1) + _KEPT_FFN[bf16] * c.ffn_dim / p.tp
-    total = tokens * kept
-    if c.has_memory:
-        weights = sum(w.numel() for w in layout.model.layers[layer].memory.weights)
-        # The scan saves the state that enters each span but the first.
-        spans = spans_of(tokens // train.micro_batch, c.memory.chunk_size, 0, c.memory.checkpoint_every)
-        total += train.micro_batch * (len(spans) - 1) * 2 * weights * 4
-    return total
-
-
-def _kept(c: LayerConfig) -> tuple[float, float]:
-    """_KEPT of the variant; of one that was not counted, the sum over what it is made of."""
-    parts = [_KEPT[name] for name, there in (("lmm", c.has_memory), ("transformer", c.has_attention)) if there]
-    return _KEPT.get(c.variant) or (sum(p[0] for p in parts), sum(p[1] for p in parts))

@@ -1,5 +1,7 @@
 """Everything that parallelism does to a model, in order."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -24,25 +26,34 @@ def build_engine(config: Config, model: TitansForCausalLM, mesh: Mesh, *, initia
 
     model: on the meta device; a part that has values keeps them. It is given values part by part, so that no more than one (a
     layer, the embedding) is ever whole on a rank, the same ones under every layout. initialise: False where a checkpoint's values
-    follow; NaN until then."""
+    follow: NaN until then."""
     seed = config.train.seed if initialise else None
     if mesh.world > 1 or config.parallel.zero_stage or needs_segments(config):
         return parallelize(model, config, mesh, seed)
-    replace_parts(model, lambda name, part: with_values(part, name, seed).to(mesh.device))
+    replace_parts(model, lambda name, part: with_values(part, name, seed, mesh.device))
     model.set_recompute(config.train.recompute)
     return SingleEngine(config, model, mesh.device)
 
 
-def with_values(part: nn.Module, name: str, seed: int | None) -> nn.Module:
-    """A part of a model on the CPU instead of the meta device. seed: None: NaN."""
-    if next(part.parameters()).is_meta:
+def with_values(
+    part: nn.Module,
+    name: str,
+    seed: int | None,
+    device: torch.device,
+    shard: Callable[[str, nn.Module], nn.Module] = lambda _, part: part,
+) -> nn.Module:
+    """A part of a model, sharded, on the device instead of the meta device. seed: None: NaN, and of the whole part no page of
+    memory is touched. A device that is the meta device gets no values."""
+    without, there = next(part.parameters()).is_meta, device.type != "meta"
+    if without and there:
         part.to_empty(device="cpu")
-        if seed is None:
-            for p in part.parameters():
-                nn.init.constant_(p, torch.nan)
-        else:
+        if seed is not None:  # drawn whole: the same values under every layout
             initialize_part(part, name, seed)
-    return part
+    part = shard(name, part)
+    if without and there and seed is None:
+        for p in part.parameters():
+            nn.init.constant_(p, torch.nan)
+    return part.to(device)
 
 
 def parallelize(model: TitansForCausalLM, config: Config, mesh: Mesh, seed: int | None) -> ParallelEngine:
@@ -59,11 +70,13 @@ def parallelize(model: TitansForCausalLM, config: Config, mesh: Mesh, seed: int 
     # 2. Values, and tensor parallelism: this rank's slice of every part.
     dtype = torch.bfloat16 if train.precision == "bf16" and p.zero_stage else None  # ZeRO holds the float32 masters
 
-    def own(name: str, part: nn.Module) -> nn.Module:
-        part = with_values(part, name, seed)
+    def shard(name: str, part: nn.Module) -> nn.Module:
         if mesh.tensor.size > 1:
             part = shard_part(name, part, sequence_parallel=p.sequence_parallel, memory_split=p.memory_split)
-        part = part.to(mesh.device, dtype)
+        return part if dtype is None else part.to(dtype)
+
+    def own(name: str, part: nn.Module) -> nn.Module:
+        part = with_values(part, name, seed, mesh.device, shard)
         if p.zero_stage == 3:
             partition_part(config, mesh, part)
         return part

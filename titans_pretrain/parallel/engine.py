@@ -31,10 +31,11 @@ class ParallelEngine:
         zero: Any = None,
     ):
         """model: this rank's parameters; modules: what is called, one per stage; zero: a DeepSpeed engine instead of an optimizer."""
+        assert pipeline is not None or len(modules) == 1, "only a pipeline's schedule runs several stages"
         self.config, self.mesh, self.model, self.modules, self.pipeline = config, mesh, model, modules, pipeline
         self._torch_optimizer, self.zero = optimizer, zero
         self.optimizer = zero or optimizer
-        self.is_main, self.tensor_group = mesh.rank == 0, mesh.tensor.group
+        self.is_main, self.tensor_group, self.data_group = mesh.rank == 0, mesh.tensor.group, mesh.data_context.group
         self.micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.data.size)
         p = config.parallel
         self.stepwise = p.zero_stage >= 2  # ZeRO reduces in every backward pass, driven by its own engine
@@ -78,6 +79,8 @@ class ParallelEngine:
         return total
 
     def _call(self, batch: dict) -> Tensor:
+        """The sum of the labels' losses, [1]."""
+        assert self.modules[0].last, "a stage that is not the last one gives activations, not losses"
         module = self.zero if self.stepwise else self.modules[0]
         return module(batch["tokens"], positions=batch["positions"], labels=batch["labels"])
 

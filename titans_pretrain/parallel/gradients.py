@@ -37,11 +37,14 @@ def sum_tied_gradients(model: TitansForCausalLM, pipeline: Axis) -> None:
     """A tied embedding is on the first stage and, as head, on the last: both get the sum of their gradients."""
     if pipeline.size == 1 or not model.config.tie_embeddings or model.embed_tokens is None:
         return
-    from megatron.core import parallel_state as ps
-
     weight = model.embed_tokens.weight
-    gradient = getattr(weight, "_hp_grad", None)  # where DeepSpeed's BF16_Optimizer accumulates in float32
-    dist.all_reduce(weight.grad if gradient is None else gradient, group=ps.get_embedding_group())
+    kept = getattr(weight, "_hp_grad", None)  # where DeepSpeed's BF16_Optimizer accumulates in float32
+    gradient = weight.grad if kept is None else kept
+    other, peer = torch.empty_like(gradient), pipeline.ranks[-1 if pipeline.rank == 0 else 0]
+    ways = ((dist.isend, gradient), (dist.irecv, other))
+    for work in dist.batch_isend_irecv([dist.P2POp(way, x, peer, group=pipeline.group) for way, x in ways]):
+        work.wait()
+    gradient += other
 
 
 def is_counted(name: str, p: Tensor, mesh: Mesh, tied: bool) -> bool:

@@ -52,6 +52,11 @@ def check_layout(config: Config, world: int) -> int:
             f"parallel.pp={p.pp} needs as many micro-batches in a step, got {micro_batches}: "
             f"try train.global_batch={rows * p.pp}"
         )
+    if p.pp == 1 and p.stages_per_rank > 1:
+        raise ValueError(
+            f"parallel.stages_per_rank={p.stages_per_rank} cuts what a pipeline rank holds, and parallel.pp=1 has no pipeline: raise "
+            "parallel.pp, or set parallel.stages_per_rank=1 and parallel.pipeline_schedule=1f1b"
+        )
     rounds = max(1, micro_batches // p.pp)
     if p.pipeline_schedule == "interleaved" and micro_batches % rounds:
         raise ValueError(

@@ -4,11 +4,13 @@ Ranks are numbered as megatron-core does, tensor parallel fastest: rank = tp + T
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from titans_pretrain.config import Config
+from titans_pretrain.parallel.groups import destroy_other_groups
 from titans_pretrain.parallel.launch import launched_world, start_processes
 from titans_pretrain.parallel.layout import check_layout
 from titans_pretrain.parallel.megatron import load_megatron
@@ -35,6 +37,7 @@ class Mesh:
     pipeline: Axis = Axis()
     data_context: Axis = Axis()  # DP x CP: what gradients are summed over and ZeRO partitions over
     model: Axis = Axis()  # TP x PP: what one copy of the model is spread over
+    timeout: timedelta | None = None  # of a transfer
 
 
 def build_mesh(config: Config, device: torch.device) -> Mesh:
@@ -66,6 +69,7 @@ def build_mesh(config: Config, device: torch.device) -> Mesh:
         pipeline=_axis(ps.get_pipeline_model_parallel_group()),
         data_context=_axis(ps.get_data_parallel_group(with_context_parallel=True)),
         model=_axis(ps.get_model_parallel_group()),
+        timeout=timedelta(minutes=p.timeout_minutes),
     )
 
 
@@ -76,15 +80,13 @@ def describe(mesh: Mesh) -> str:
 
 
 def leave_mesh() -> None:
-    """Takes the groups down, so that this process can build another mesh."""
+    """Takes the mesh down, so that this process can build another one."""
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state as ps
 
-    ps.destroy_model_parallel()  # forgets its groups, and leaves their threads
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
+    ps.destroy_model_parallel()  # forgets its groups
+    destroy_other_groups()
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:

@@ -1,9 +1,10 @@
 """How LayerStates pass from one segment of a sequence to the next: within a process, or around a ring of context-parallel ranks.
 
 Segment s of k * P lives on rank s mod P, so the next segment is always at the right neighbour (with P = 1, here). Forward, a
-layer's state goes right; backward, its gradient comes back left. Each direction of each link has a process group of its own:
-on NCCL transfers of one group wait for each other, and a receive posted early must not hold up a send. All transfers are
-point-to-point and asynchronous, one message per layer and segment, of a size that does not depend on the segments' length.
+layer's state goes right; backward, its gradient comes back left. States and gradients, and links that meet, have process groups
+of their own: on NCCL what two ranks exchange in one group waits for each other, and a receive posted early must not hold up a
+send. All transfers are point-to-point and asynchronous, one message per layer and segment, of a size that does not depend on
+the segments' length.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titans_pretrain.models.state import LayerState, map_tensors, tensors
+from titans_pretrain.parallel.groups import group_of
 from titans_pretrain.parallel.mesh import Mesh
 
 Incoming = Callable[[], LayerState]  # waits for a state that is under way
@@ -52,23 +54,24 @@ class RingLink:
     """Segments on the ranks of a context-parallel group of two or more."""
 
     def __init__(self, mesh: Mesh):
-        """Makes process groups: every rank of the run must come here."""
+        """All ranks of the ring must come here: they make its groups."""
         axis, device = mesh.context, mesh.device
         self.rank, self.size = axis.rank, axis.size
-        right, left = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[(axis.rank - 1) % axis.size]
-        groups = {}
-        for ring in context_rings(mesh):
-            for i in range(axis.size):  # link i joins the ring's i-th rank and the next one
-                ends = sorted((ring[i], ring[(i + 1) % axis.size]))
-                for direction in ("states", "gradients"):
-                    group = dist.new_group(ends)
-                    if mesh.rank in ring:
-                        groups[i, direction] = group
+        groups = {
+            (way, odd): group_of(axis.ranks, f"{way} {odd}", mesh.timeout)
+            for way in ("states", "gradients")
+            for odd in (0, 1)
+        }
+
+        def channel(way: str, link: int, peer: int) -> _Channel:
+            """Over link i, which joins the ring's i-th rank and the next one: of two ranks, both links join the same two."""
+            return _Channel(groups[way, link % 2], axis.ranks[peer % axis.size], device)
+
         to_right, to_left = axis.rank, (axis.rank - 1) % axis.size
-        self._states_out = _Channel(groups[to_right, "states"], right, device)
-        self._states_in = _Channel(groups[to_left, "states"], left, device)
-        self._gradients_out = _Channel(groups[to_left, "gradients"], left, device)
-        self._gradients_in = _Channel(groups[to_right, "gradients"], right, device)
+        self._states_out = channel("states", to_right, axis.rank + 1)
+        self._states_in = channel("states", to_left, axis.rank - 1)
+        self._gradients_out = channel("gradients", to_left, axis.rank - 1)
+        self._gradients_in = channel("gradients", to_right, axis.rank + 1)
 
     def send_state(self, layer: str, state: LayerState) -> None:
         self._states_out.send(state)
@@ -91,12 +94,6 @@ class RingLink:
     @property
     def traffic(self) -> dict[str, Traffic]:
         return {"states": self._states_out.traffic, "gradients": self._gradients_out.traffic}
-
-
-def context_rings(mesh: Mesh) -> list[list[int]]:
-    """The global ranks of every context-parallel group of the run, in the same order on all ranks."""
-    tp, cp, rest = mesh.tensor.size, mesh.context.size, mesh.data.size * mesh.pipeline.size
-    return [[t + tp * (c + cp * outer) for c in range(cp)] for outer in range(rest) for t in range(tp)]
 
 
 class _Channel:

@@ -43,6 +43,10 @@ class SegmentedStage(nn.Module):
         self.truncate_every = truncate_every
         self.timeline = Timeline(enabled=False)
 
+    @property
+    def last(self) -> bool:
+        return self.stage.last
+
     def forward(self, x: Tensor, *, positions: Tensor, labels: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return _Pass(self, x, positions, labels, {}).forward("nothing")
@@ -101,7 +105,7 @@ class _Caller(nn.Module):
         return f(*args)
 
 
-def _with_parameters(model: nn.Module, parameters: dict[str, Tensor], f: Callable, *args):
+def with_parameters(model: nn.Module, parameters: dict[str, Tensor], f: Callable, *args):
     """f(*args) while the model has these parameters."""
     own = {f"model.{name}": p for name, p in parameters.items()}
     return functional_call(_Caller(model), own, (f, *args), tie_weights=False)
@@ -163,7 +167,7 @@ class _Pass:
                     self._run_with_graph(cell)
                     x, *new = (y.detach() for y in cell.outputs)
                 else:
-                    with torch.no_grad():
+                    with torch.no_grad(), self._autocast():
                         x, *new = cell.run(*cell.inputs)
             if new and not alone and number + 1 < self.segmented.total:
                 self.link.send_state(cell.name, _refill(self._template(cell.name, number + 1), new))
@@ -183,7 +187,7 @@ class _Pass:
             def run(x, *state, name=name, layer=layer):
                 before = _refill(self._template(name, number), state) if state else None
                 y, after = layer(x, before, by, positions)
-                return y, *tensors(_bare(after))
+                return y, *tensors(bare(after))
 
             yield self._cell(name, [f"layers.{name}"], run)
         if stage.last:
@@ -193,13 +197,17 @@ class _Pass:
     def _cell(self, name: str, parts: list[str], f: Callable[..., tuple[Tensor, ...]]) -> _Cell:
         """A step that reads these parts' parameters: by their stand-ins, where there are any."""
         own = {n: p for part in parts for n, p in self.parts.get(part, {}).items()}
-        return _Cell(name, own, partial(_with_parameters, self.model, own, f))
+        return _Cell(name, own, partial(with_parameters, self.model, own, f))
 
     def _run_with_graph(self, cell: _Cell) -> None:
         cell.inputs = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in cell.inputs)
-        device, dtype, enabled = self.autocast
-        with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
+        with torch.enable_grad(), self._autocast():
             cell.outputs = cell.run(*cell.inputs)
+
+    def _autocast(self) -> torch.autocast:
+        """As it was around the call, but without its cache: what that holds of the stand-ins would outlive the step."""
+        device, dtype, enabled = self.autocast
+        return torch.autocast(device, dtype, enabled=enabled, cache_enabled=False)
 
     # Backward
 
@@ -279,7 +287,7 @@ def state_template(block: nn.Module, batch: int, tokens: int, dtype: torch.dtype
     return LayerState(memory=memory, kv=kv)
 
 
-def _bare(state: LayerState) -> LayerState:
+def bare(state: LayerState) -> LayerState:
     """Without what a call only keeps to save the next one work."""
     return state if state.memory is None else replace(state, memory=replace(state.memory, initial=None))
 

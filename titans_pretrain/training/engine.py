@@ -19,6 +19,7 @@ class Engine(Protocol):
     optimizer: object
     micro_batches: int  # of this process in a step
     tensor_group: object | None  # the processes over which a sharded parameter's pieces are spread
+    data_group: object | None  # the processes that hold the same parameters as this one
     is_main: bool  # whether this process prints and writes logs
 
     def count(self, batches: Sequence) -> int:
@@ -41,7 +42,7 @@ class Engine(Protocol):
 class SingleEngine:
     """One model on one device."""
 
-    is_main, tensor_group = True, None
+    is_main, tensor_group, data_group = True, None, None
 
     def __init__(self, config: Config, model: nn.Module, device: torch.device):
         self.config, self.model, self.device = config, model, device

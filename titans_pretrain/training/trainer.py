@@ -54,7 +54,9 @@ class Trainer:
         """Goes on from a checkpoint of this model, whose files have been checked. data: where it stopped reading; else this data
         from the start."""
         engine = self.engine
-        trainer = load_checkpoint(checkpoint, engine.model, engine.optimizer, engine.tensor_group, checked=True)
+        trainer = load_checkpoint(
+            checkpoint, engine.model, engine.optimizer, engine.tensor_group, engine.data_group, checked=True
+        )
         if data:
             try:
                 self.reader.load_state_dict(trainer["reader"])
@@ -74,7 +76,7 @@ class Trainer:
     def start_from(self, checkpoint: Path) -> None:
         """Starts with the weights of a checkpoint, whose files have been checked, and with nothing else of it."""
         engine = self.engine
-        load_initial(checkpoint, engine.model, engine.optimizer, engine.tensor_group, checked=True)
+        load_initial(checkpoint, engine.model, engine.optimizer, engine.tensor_group, engine.data_group, checked=True)
 
     def run(self, run_dir: Path, loggers: Sequence[Logger], progress: Progress | None, stop: StopRequest) -> bool:
         """Trains up to `train.steps` or a stop request, then saves; whether all is done. Raises ValueError on a loss that
