@@ -105,23 +105,15 @@ def train_alone(values: dict) -> dict:
 def train_parallel(values: dict) -> dict:
     """The same on one rank of many; tensors that this rank can tell, full-shape."""
     config, model = fresh(values)
-    mesh = build_mesh(config, torch.device("cpu"))
-    try:
-        engine = build_engine(config, model, mesh)
-        found = _train(engine, config, mesh)
-    finally:
-        engine = model = None
-        gc.collect()
-        leave_mesh()
-    return found
+    with _engine(config, model) as (engine, mesh):
+        return _train(engine, config, mesh)
 
 
 def _train(engine, config, mesh) -> dict:
-    place = () if mesh is None else (mesh.data.rank, mesh.data.size, mesh.context.rank, mesh.context.size)
     found = {"losses": [], "norms": []}
     for step in range(STEPS):
         rate = config.train.lr * (1 - step / 10)  # not what the optimizer was made with
-        batches = micro_batches(config, step, *place)
+        batches = micro_batches(config, step, *_place(mesh))
         targets = engine.count(batches)
         found["losses"].append(engine.forward_backward(batches, targets))
         if mesh is None:
@@ -138,7 +130,7 @@ def _train(engine, config, mesh) -> dict:
         if mesh is None
         else full_tensors(engine, mesh, _weight)
     )
-    batch = micro_batches(config, STEPS, *place)
+    batch = micro_batches(config, STEPS, *_place(mesh))
     found["validation"] = engine.evaluate(batch) / engine.count(batch)
     return found
 
@@ -203,9 +195,9 @@ def _list(x) -> list:
 def run_and_save(values: dict, steps: int, run_dir) -> None:
     """On every rank: trains from the start and saves a checkpoint."""
     config, model = fresh(values)
-    with running_engine(config, model) as (engine, place):
+    with running_engine(config, model) as (engine, mesh):
         for step in range(steps):
-            _step(engine, config, step, place)
+            _step(engine, config, step, mesh)
         _save(engine, config, steps, run_dir)
 
 
@@ -215,12 +207,12 @@ def resume_each(values: dict, checkpoints: list, steps: int, run_dir) -> list[di
 
     config, model = fresh(values)
     results = []
-    with running_engine(config, model) as (engine, place):
+    with running_engine(config, model) as (engine, mesh):
         for number, checkpoint in enumerate(checkpoints):
             groups = engine.tensor_group, engine.data_group
             start = load_checkpoint(checkpoint, engine.model, engine.optimizer, *groups)["step"]
             _save(engine, config, start, run_dir / str(number))
-            losses = [_step(engine, config, step, place) for step in range(start, start + steps)]
+            losses = [_step(engine, config, step, mesh) for step in range(start, start + steps)]
             _save(engine, config, start + steps, run_dir / str(number))
             results.append(losses)
     return results
@@ -239,22 +231,30 @@ def start_and_save(values: dict, checkpoint, run_dir) -> int:
 
 @contextlib.contextmanager
 def running_engine(config, model):
-    """The engine of this process, alone or among the ranks, and its place among the readers."""
+    """The engine of this process, alone or among the ranks, and its mesh, None when alone."""
     if not dist.is_initialized():
-        yield build_engine(config, model, Mesh(torch.device("cpu"))), ()
+        yield build_engine(config, model, Mesh(torch.device("cpu"))), None
         return
     mesh = build_mesh(config, torch.device("cpu"))
+    engine = None
     try:
         engine = build_engine(config, model, mesh)
-        yield engine, (mesh.data.rank, mesh.data.size, mesh.context.rank, mesh.context.size)
+        yield engine, mesh
     finally:
+        if engine is not None and engine.zero is not None:
+            engine.zero.destroy()  # its hooks hold it, the model and the groups, where no collector finds them
         engine = None
         gc.collect()
         leave_mesh()
 
 
-def _step(engine, config, step: int, place: tuple) -> float:
-    batches = micro_batches(config, step, *place)
+def _place(mesh) -> tuple:
+    """Where this process reads: its data rank of how many, its context rank of how many."""
+    return () if mesh is None else (mesh.data.rank, mesh.data.size, mesh.context.rank, mesh.context.size)
+
+
+def _step(engine, config, step: int, mesh) -> float:
+    batches = micro_batches(config, step, *_place(mesh))
     loss = engine.forward_backward(batches, engine.count(batches))
     engine.update(config.train.lr)
     return loss
