@@ -105,7 +105,7 @@ def train_alone(values: dict) -> dict:
 def train_parallel(values: dict) -> dict:
     """The same on one rank of many; tensors that this rank can tell, full-shape."""
     config, model = fresh(values)
-    with _engine(config, model) as (engine, mesh):
+    with running_engine(config, model) as (engine, mesh):
         return _train(engine, config, mesh)
 
 
