@@ -179,7 +179,7 @@ def test_a_stop_while_rows_are_waited_for_saves_the_steps_before_it(make_trainer
     draw = trainer.reader._draw
 
     def waiting(row):
-        if row == 13:  # the second micro-batch of the fourth step
+        if row == 14:  # the second micro-batch of the fourth step
             os.kill(os.getpid(), signal.SIGTERM)
             raise Stopped
         return draw(row)
