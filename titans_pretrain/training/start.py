@@ -53,7 +53,7 @@ def _newest_whole(newest: Path) -> Path:
             return checkpoint
         except DamagedCheckpoint as e:
             if rank() == 0:
-                print(f"WARNING: {e}; the checkpoint before it is taken", file=sys.stderr, flush=True)
+                print(f"WARNING: {e}; looks for the checkpoint before it", file=sys.stderr, flush=True)
     raise DamagedCheckpoint(
         f"no checkpoint up to {newest} is whole; write the name of a later one into {newest.parent / 'latest'}, or choose "
         "another run.dir"
@@ -67,5 +67,6 @@ def _changes(start: Start, config: Config) -> tuple[str, ...]:
     model = {k: v for k, v in changed.items() if k.startswith("model.") and k not in may_differ}
     if model:
         told = ", ".join(f"{key} is {old} there and {new} here" for key, (old, new) in model.items())
-        raise ValueError(f"{start.checkpoint} was written by another model: {told}; choose another run.dir")
+        advice = "a second stage trains the same model" if start.weights_only else "choose another run.dir"
+        raise ValueError(f"{start.checkpoint} was written by another model: {told}; {advice}")
     return tuple(f"{k}: {old} -> {new}" for k, (old, new) in changed.items() if not k.startswith(_NOT_TOLD))
