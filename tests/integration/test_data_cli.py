@@ -105,7 +105,8 @@ def test_home_is_expanded(tmp_path):
     run("merge", "~/a", "~/a", "--out=~/all", **home)
     assert "2 documents" in run("inspect", "~/all", "--png=~/lengths.png", **home).stdout
     run("verify", "~/all", **home)
-    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "tokenizer", "a", "all", "lengths.png"}
+    seen = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}  # matplotlib has its own there
+    assert seen == {"a.txt", "tokenizer", "a", "all", "lengths.png"}
 
 
 def test_another_tokenizer_is_not_overwritten(tmp_path):
@@ -207,9 +208,11 @@ def test_kill_and_go_on(tokenizer, tmp_path, workers):
         (["tokenize", __file__, "--tokenizer", "/no/such", "--out", "{out}"], "no tokenizer at /no/such"),
         (["tokenize", __file__, "--tokenizer", "byte", "--out", "{out}", "--validation", "2"], "--validation"),
         (["tokenize", __file__, "--tokenizer", "byte", "--out", "{out}", "--must-match", "("], "no regular expression"),
-        (["tokenize", __file__, "--tokenizer", "byte", "--out", "/proc/no"], "cannot write to /proc/no"),
+        (
+            ["tokenize", __file__, "--validation", "0", "--tokenizer", "byte", "--out", "/proc/no"],
+            "cannot write to /proc/no",
+        ),
         (["tokenize", __file__, "--tokenizer", __file__ + ".json", "--out", "{out}"], "no tokenizer at"),
-        (["tokenizer", __file__, "--vocab-size", "100", "--out", "{out}"], "raise --vocab-size"),
         (["tokenizer", "--kind", "byte", "--out", "/proc/no"], "/proc/no"),
         (["tokenizer", "--out", "{out}"], "nothing to train from"),
         (["verify", "{out}"], "no manifest"),
