@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from titans_pretrain.data_prep.cli import main
+
 COMMAND = [sys.executable, "-m", "titans_pretrain.data_prep"]
 SOURCES = str(Path(os.__file__).parent / "*.py")  # Python's own modules, about 5 MB
 
@@ -224,6 +226,17 @@ def test_errors_are_one_line(tmp_path, arguments, message):
     result = run(*[a.replace("{out}", str(tmp_path / "out")) for a in arguments], check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
+
+
+def test_an_error_of_the_system_is_one_line(monkeypatch, capsys):
+    def refused(*_):
+        raise PermissionError(13, "Permission denied", "lengths.png")
+
+    monkeypatch.setattr("titans_pretrain.data_prep.inspect.inspect", refused)
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", "data", "--png", "lengths.png"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: [Errno 13] Permission denied: 'lengths.png'\n"
 
 
 def test_usage_errors(tmp_path):
