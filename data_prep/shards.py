@@ -151,7 +151,7 @@ def writing(folder: str | Path):
     try:
         yield
     except OSError as error:
-        file = f" ({error.filename})" if error.filename else ""
+        file = f" ({error.filename})" if error.filename not in (None, str(folder)) else ""
         told = f"cannot write to {folder}: {error.strerror or error}{file}; mend that and give the same command again"
         raise ValueError(told) from error
 

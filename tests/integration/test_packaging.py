@@ -84,7 +84,8 @@ def test_the_installed_wheel_and_hugging_face_kernels_do_not_hide_each_other(whe
     assert Path(run(python, "-c", BOTH, cwd=elsewhere).strip()) == packages / "titans_pretrain"
     for command in ("titans-pretrain", "titans-data"):
         assert f"usage: {command}" in run(environment / "bin" / command, "--help", cwd=elsewhere)
-    assert "mag" in run(environment / "bin" / "titans-pretrain", "plan", "340m-mag", cwd=elsewhere)
+    name = "from titans_pretrain.config import load_config; print(load_config('340m-mag').run.name)"
+    assert run(python, "-c", name, cwd=elsewhere) == "340m-mag\n"
 
 
 def test_neither_is_hidden_in_the_repository_itself():

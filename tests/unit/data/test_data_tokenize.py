@@ -342,22 +342,21 @@ class Disk:
 def test_what_the_manifest_names_is_on_disk_before_it(inputs, tmp_path, monkeypatch, links):
     """Files, then folders, then the manifest, and its folder after it; the same for each note of progress."""
     monkeypatch.setattr("titans_pretrain.data_prep.tokenize.CHUNK_BYTES", 500)
-    for name in "ab":
-        with monkeypatch.context() as patch:
-            disk = Disk(patch, tmp_path / name)
-            options = TokenizeOptions(**SMALL, clean=CleanOptions(deduplicate=True))
-            manifest = tokenize([str(inputs[0])], TOKENIZER, tmp_path / name, options, checkpoint_seconds=0)
-            assert len(manifest.splits["train"]) > 3
-            assert disk.complaints == [] and disk.lost(complete=True) == []
-    write_lines(tmp_path / "c.jsonl", ["new", "document 3 " + "xyz\n" * 3])
-    tokenize([str(tmp_path / "c.jsonl")], TOKENIZER, tmp_path / "c", TokenizeOptions(0.0))
     with monkeypatch.context() as patch:
-        disk = Disk(patch, tmp_path / "all", links)
-        disk.synced = {
-            path.stat().st_ino: (path.stat().st_size, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.*")
-        }
-        merge([str(tmp_path / name) for name in "abc"], str(tmp_path / "all"), deduplicate=True)
+        disk = Disk(patch, tmp_path / "a")
+        options = TokenizeOptions(**SMALL, clean=CleanOptions(deduplicate=True))
+        manifest = tokenize([str(inputs[0])], TOKENIZER, tmp_path / "a", options, checkpoint_seconds=0)
+        assert len(manifest.splits["train"]) > 3
         assert disk.complaints == [] and disk.lost(complete=True) == []
+    write_lines(tmp_path / "b.jsonl", ["new", "document 3 " + "xyz\n" * 3])
+    tokenize([str(tmp_path / "b.jsonl")], TOKENIZER, tmp_path / "b", TokenizeOptions(0.0))
+    known = {path.stat().st_ino: (path.stat().st_size, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.*")}
+    for out, deduplicate in (("all", False), ("different", True)):  # without a document written anew, and with
+        with monkeypatch.context() as patch:
+            disk = Disk(patch, tmp_path / out, links)
+            disk.synced = dict(known)
+            merge([str(tmp_path / name) for name in "ab"], str(tmp_path / out), deduplicate=deduplicate)
+            assert disk.complaints == [] and disk.lost(complete=True) == []
 
 
 @pytest.mark.parametrize("call", [1, 4, 40])

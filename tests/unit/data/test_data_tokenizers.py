@@ -72,9 +72,12 @@ def test_training_is_reproducible(source_files, trained):
     assert again.entry == trained.entry
 
 
-def test_too_many_pieces_is_an_error():
+def test_too_many_or_too_few_pieces_is_an_error():
     with pytest.raises(ValueError, match="lower --vocab-size"):
         train_sentencepiece(["a b c"], 5000)
+    for size in (100, 0, -1):
+        with pytest.raises(ValueError, match="raise --vocab-size"):
+            train_sentencepiece(["a b c"], size)
 
 
 @pytest.mark.parametrize("text", AWKWARD)
