@@ -12,7 +12,7 @@ import torch
 
 from titans_pretrain import cli
 from titans_pretrain.checkpoint import find_checkpoint, load_model
-from titans_pretrain.commands.generate import Sampling, Writer, generate_tokens, pick_token
+from titans_pretrain.commands.generate import Context, Sampling, Writer, generate_tokens, pick_token
 from titans_pretrain.data import build_reader, unigram_entropy
 from titans_pretrain.training.loggers import read_metrics
 
@@ -196,14 +196,26 @@ def test_a_conversation_goes_on_from_all_that_was_said(run, monkeypatch, capsys)
     """Each answer is the completion of the whole text so far; an empty line asks for more of the last one."""
     writer, sampling = Writer(str(run)), Sampling(max_new_tokens=9, temperature=0.0)
     lines = ["", "memory", "it reads", ""]
+    contexts = []
+
+    class Kept(Context):
+        def __init__(self, model):
+            super().__init__(model)
+            contexts.append(self)
+
+    monkeypatch.setattr("titans_pretrain.commands.generate.Context", Kept)
     answers = ["".join(pieces) for pieces in writer.converse(lines, sampling)]
     assert len(answers) == 3  # nothing was there to go on from at the first
+    (context,) = contexts
     said = ""
     for line, answer in zip(lines[1:], answers):
         said += ("\n" if said and line else "") + line
         (pieces,) = writer.complete(said, sampling)
         assert answer == "".join(pieces)
         said += answer
+    with torch.no_grad():
+        whole = writer.model(torch.tensor([writer.tokenizer.encode(said).tolist()])).logits[0, -1]
+    torch.testing.assert_close(context.logits, whole, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr("builtins.input", _typing(lines))
     assert cli.main(["generate", str(run), "--interactive", "--greedy", "--max-new-tokens", "9"]) == 0
     shown = capsys.readouterr()
