@@ -15,18 +15,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(40):
-        (folder / f"{i:02}.txt").write_text(" ".join(f"word{(i * j) % 17}" for j in range(40 + 13 * (i % 7))))
-    out = folder / "data"
-    command = [sys.executable, "-m", "titans_pretrain.data_prep", "tokenize", str(folder), "--suffix", ".txt"]
-    command += ["--tokenizer", "byte", "--out", str(out), "--validation", "0.2", "--workers", "1"]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    return out
-
-
 def arguments(data: Path, run_dir: Path, **changes) -> list[str]:
     settings = {
         "data.path": data,

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from titans_pretrain.config import Config, DataConfig, ParallelConfig, TrainConfig
 from titans_pretrain.config.model import VARIANTS, MacConfig, MemoryConfig, ModelConfig
+from titans_pretrain.data.reader import Batch
 from titans_pretrain.models import build_model
 from titans_pretrain.models.state import tensors
+from titans_pretrain.parallel.apply import build_engine
+from titans_pretrain.parallel.mesh import Mesh
 from titans_pretrain.parallel.ring import LocalLink
 from titans_pretrain.parallel.segments import SegmentedStage, state_template
 from titans_pretrain.parallel.stage import Stage
@@ -104,19 +108,39 @@ def test_truncation_drops_the_gradient_through_the_state_and_nothing_else():
     name = "layers.0.memory.k_proj.weight"
     assert not torch.allclose(every[1][name], exact[1][name], rtol=1e-6)
     assert not torch.allclose(every[1][name], half[1][name], rtol=1e-6)
-    # by hand: each segment on the detached state of the one before
+    for n, gradient in detached(model, 16).items():
+        torch.testing.assert_close(every[1][n], gradient, rtol=1e-9, atol=1e-12)
+
+
+def detached(model, length):
+    """The gradients by hand: each `length` tokens on the detached state of those before."""
     tokens, labels, positions = rows()
     model.zero_grad()
     state = None
-    for i in range(4):
-        here = slice(16 * i, 16 * i + 16)
+    for here in (slice(start, start + length) for start in range(0, TOKENS, length)):
         out = model(
             tokens[:, here], labels=labels[:, here], positions=positions[:, here], state=state, num_items_in_batch=100
         )
         out.loss.backward()
         state = out.state.detach()
-    for n, p in model.named_parameters():
-        torch.testing.assert_close(every[1][n], p.grad, rtol=1e-9, atol=1e-12)
+    return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def test_a_config_counts_truncation_in_tokens():
+    """Every 32 of 64 tokens, in segments of 16."""
+    model = make("mag")
+    config = Config(
+        model.config,
+        DataConfig(seq_len=TOKENS),
+        TrainConfig(micro_batch=2, global_batch=2, truncate_state_gradient_every=32),
+        ParallelConfig(segments_per_rank=4),
+    )
+    expected = detached(model, 32)
+    model.zero_grad()
+    engine = build_engine(config, model, Mesh(torch.device("cpu")))
+    engine.forward_backward([Batch(*rows())], 100)
+    for n, p in engine.model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[n], rtol=1e-9, atol=1e-12)
 
 
 def test_parameter_hooks_see_one_gradient_per_backward_pass():

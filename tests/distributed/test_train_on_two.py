@@ -1,0 +1,111 @@
+"""`train` on two processes writes the numbers that it writes on one, line by line: through warm-up, validation, a stop by a real
+signal to one of the two, and the resume.
+
+float64; with DeepSpeed, which has none, float32 and CALM."""
+
+import math
+import os
+import signal
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from parity import CALM, FLOAT32, FLOAT64
+
+from titans_pretrain.commands import train as command
+from titans_pretrain.config import load_config
+from titans_pretrain.parallel.mesh import leave_mesh
+from titans_pretrain.training.loggers import read_metrics
+from titans_pretrain.training.trainer import Trainer
+
+TINY = Path(__file__).parents[2] / "configs/tiny.yaml"
+SETTINGS = {
+    "data.seq_len": 64,
+    "model.dim": 16,
+    "model.window": 24,
+    "model.persistent_tokens": 2,
+    "model.memory.chunk_size": 8,
+    "train.steps": 6,
+    "train.warmup_steps": 3,
+    "train.lr": 1e-2,
+    "train.min_lr": 1e-3,
+    "train.micro_batch": 1,
+    "train.global_batch": 4,
+    "train.eval_every": 2,
+    "train.eval_batches": 1000,  # all there are: how many ranks read them does not matter
+    "train.checkpoint_every": 0,
+}
+RATES = [1e-2 / 3, 2e-2 / 3, 1e-2, *(1e-3 + 9e-3 * (1 + math.cos(math.pi * part / 3)) / 2 for part in (1, 2, 3))]
+CUT = 3  # the step after which a process gets its signal
+
+
+def run_train(settings: dict, dtype: torch.dtype, stopped: int | None = None) -> int:
+    """`train` in this process, one of many or alone; its exit code. stopped: the rank that gets a signal after step CUT."""
+    step = Trainer.train_step
+
+    def stepping(trainer: Trainer) -> dict:
+        values = step(trainer)
+        if trainer.step == CUT and int(os.environ.get("RANK", "0")) == stopped:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return values
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with (
+            patch.object(Trainer, "train_step", stepping),
+            patch.object(command, "leave_processes", leave_mesh),  # the ranks stay up
+            patch.object(command, "plot_loss", lambda run_dir: None),
+        ):
+            return command.train(load_config(TINY, [f"{k}={v}" for k, v in settings.items()]))
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """alone(dtype) -> the metrics of one process that nothing stops."""
+    found = {}
+
+    def get(dtype: torch.dtype) -> list[dict]:
+        if dtype not in found:
+            folder = tmp_path_factory.mktemp("alone")
+            assert run_train(settings_of(data, folder, dtype), dtype) == 0
+            found[dtype] = read_metrics(folder / "metrics.jsonl")
+        return found[dtype]
+
+    return get
+
+
+def settings_of(data: Path, run_dir: Path, dtype: torch.dtype, **parallel) -> dict:
+    calm = CALM if dtype == torch.float32 else {}
+    return {
+        **SETTINGS,
+        **{k.replace("__", "."): v for k, v in calm.items()},
+        **{f"parallel.{k}": v for k, v in parallel.items()},
+        "data.path": data,
+        "run.dir": run_dir,
+    }
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [{}, {"cp": 2, "segments_per_rank": 2}, {"zero_stage": 1}, {"zero_stage": 1, "cp": 2}],
+    ids=["dp2", "cp2", "dp2-zero1", "cp2-zero1"],
+)
+def test_two_processes_log_what_one_does(ranks, data, alone, tmp_path, parallel):
+    dtype, limit = (torch.float32, FLOAT32) if "zero_stage" in parallel else (torch.float64, FLOAT64)
+    settings = settings_of(data, tmp_path, dtype, **parallel)
+    two = ranks(2)
+    assert two.run(run_train, settings, dtype, stopped=1, timeout=120) == [85, 85]
+    assert max(line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")) == CUT
+    assert (tmp_path / "checkpoints/latest").read_text() == f"step-{CUT:08d}\n"
+    assert two.run(run_train, settings, dtype, timeout=120) == [0, 0]
+
+    ours, expected = read_metrics(tmp_path / "metrics.jsonl"), alone(dtype)
+    assert [line["lr"] for line in ours if "lr" in line] == pytest.approx(RATES, rel=1e-12)
+    assert [line.keys() for line in ours] == [line.keys() for line in expected]
+    for line, reference in zip(ours, expected, strict=True):
+        for key in line.keys() - {"tokens_per_second", "peak_memory_mib"}:
+            assert line[key] == pytest.approx(reference[key], rel=limit), (key, line, reference)
