@@ -23,10 +23,10 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """A data folder of bytes: 40 documents of 250 to 850, three of them for validation."""
+    """A data folder of bytes: 40 documents of 60 to 230, a few of them for validation."""
     folder = tmp_path_factory.mktemp("corpus")
     for i in range(40):
-        (folder / f"{i:02}.txt").write_text(" ".join(f"word{(i * j) % 17}" for j in range(40 + 13 * (i % 7))))
+        (folder / f"{i:02}.txt").write_text(" ".join(f"word{(i * j) % 17}" for j in range(10 + 4 * (i % 7))))
     arguments = ["tokenize", str(folder), "--suffix", ".txt", "--tokenizer", "byte", "--out", str(folder / "data")]
     with pytest.raises(SystemExit) as e:
         data_cli.main([*arguments, "--validation", "0.05", "--workers", "1"])

@@ -79,3 +79,13 @@ def test_bad_input():
         telescope(lr, momentum, k, chunk_size=2, coefficient=-1)
     with pytest.raises(ValueError, match="power"):
         telescope(lr, momentum, k, chunk_size=2, power=3)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_gradients_by_finite_differences(power):
+    """Of theta too through the factors that it puts on later tokens."""
+    g = torch.Generator().manual_seed(3)
+    lr, momentum = (0.1 + 0.3 * torch.rand(1, 5, 1, 1, generator=g, dtype=torch.float64) for _ in range(2))
+    k = torch.nn.functional.normalize(torch.randn(1, 5, 1, 3, generator=g, dtype=torch.float64), dim=-1)
+    inputs = [x.requires_grad_() for x in (lr, momentum, k)]
+    assert torch.autograd.gradcheck(lambda *x: telescope(*x, chunk_size=3, power=power)[0], inputs)
