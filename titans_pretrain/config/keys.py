@@ -27,7 +27,8 @@ def _keys_of(cls: type, at: str) -> Iterator[tuple[str, Key]]:
         if dataclasses.is_dataclass(hints[field.name]):
             yield from _keys_of(hints[field.name], f"{at}{field.name}.")
         else:
-            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
             legal = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
             told = f" ({', '.join(map(str, legal))})" if len(legal) > 1 else ""
             yield at + field.name, Key(default, field.metadata.get("meaning", "") + told)
