@@ -12,7 +12,6 @@ gates between the parts.
 """
 
 import contextlib
-import functools
 import json
 import pkgutil
 import sys
@@ -132,8 +131,8 @@ def scopes(split: Split, trainer) -> Iterator[None]:
             ),
         ):
             stack.enter_context(mock.patch.object(owner, name, split.wrap(part, getattr(owner, name))))
-        read = split.wrap("data", functools.partial(next, trainer.reader))
-        stack.enter_context(mock.patch.object(trainer, "reader", iter(read, None)))
+        read = split.wrap("data", type(trainer.reader).__next__)
+        stack.enter_context(mock.patch.object(type(trainer.reader), "__next__", lambda reader: read(reader)))
         yield
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch.distributed.checkpoint as dcp
 from parity import case, fresh, run_and_save, running_engine
 
 from titans_pretrain.checkpoint import checkpoint_name, load_checkpoint
+from titans_pretrain.checkpoint.metadata import Reader
 from titans_pretrain.checkpoint.spread import readers_of
 
 ROOT = Path(__file__).parents[2]
@@ -41,14 +41,14 @@ def saved(folder: Path) -> Path:
 def bytes_read(settings: dict, checkpoint: Path) -> Counter:
     """On a rank that goes on from a checkpoint: bytes of the pieces of each tensor that it reads."""
     config, model = fresh(settings)
-    found, read_data = Counter(), dcp.FileSystemReader.read_data
+    found, read_data = Counter(), Reader.read_data
 
     def counted(reader, plan, planner):
         for item in plan.items:
             found[item.storage_index.fqn] += reader.storage_data[item.storage_index].length
         return read_data(reader, plan, planner)
 
-    with running_engine(config, model) as (engine, _), mock.patch.object(dcp.FileSystemReader, "read_data", counted):
+    with running_engine(config, model) as (engine, _), mock.patch.object(Reader, "read_data", counted):
         load_checkpoint(checkpoint, engine.model, engine.optimizer, engine.tensor_group, engine.data_group)
     return found
 
@@ -66,7 +66,7 @@ def test_ranks_with_the_same_parameters_read_them_once(ranks, tmp_path, changes)
     settings = case("mag", model__layers=2, **changes)
     read = ranks(4).run(bytes_read, settings, checkpoint)
     stored = Counter()
-    for index, piece in dcp.FileSystemReader(checkpoint / "weights").read_metadata().storage_data.items():
+    for index, piece in Reader(checkpoint / "weights").read_metadata().storage_data.items():
         stored[index.fqn] += piece.length
     assert sum(read, Counter()) == stored
     assert max(r.total() for r in read) < 1.2 * stored.total() / 4
@@ -83,7 +83,7 @@ def test_under_zero_1_weights_are_read_once_and_moments_by_who_keeps_them(ranks,
 
 
 def damage(checkpoint: Path, name: str) -> None:
-    pieces = dcp.FileSystemReader(checkpoint / "weights").read_metadata().storage_data
+    pieces = Reader(checkpoint / "weights").read_metadata().storage_data
     piece = next(p for index, p in pieces.items() if index.fqn == name)
     with open(checkpoint / "weights" / piece.relative_path, "r+b") as file:
         file.seek(piece.offset)

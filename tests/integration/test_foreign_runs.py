@@ -60,9 +60,9 @@ def test_the_command_of_a_foreign_run_is_not_run(run, data, tmp_path, capsys):
             )
         assert cli.main(["report", str(foreign)]) == 0
         said = capsys.readouterr().out
-        assert "not known: the run's config.yaml reads its data with the command" in said or "mixture" in text
+        assert "not known: the run's own config reads its data by" in said or "mixture" in text
         assert cli.main(["eval", str(foreign)]) == 2
-        assert "may come from anyone" in capsys.readouterr().err
+        assert "the run's own config reads its data by 'pipe:touch" in capsys.readouterr().err
         assert cli.main(["eval", str(foreign), f"data.cache_dir={tmp_path}/cache"]) == 2
         assert not mark.exists()
     shutil.rmtree(foreign)

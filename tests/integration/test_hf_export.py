@@ -96,7 +96,7 @@ def make_run(folder, variant):
     optimizer.step()
     config = Config(model=model_config, data=DataConfig(seq_len=64), run=RunConfig(name="demo", dir=str(folder)))
     ByteTokenizer().save(folder / "tokenizer")
-    save_checkpoint(folder, config, model, optimizer, {"step": 7})
+    save_checkpoint(folder, config, model, optimizer, {"step": 7, "tokens": 0, "validated": 0, "reader": {}})
     return model
 
 

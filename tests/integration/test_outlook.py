@@ -77,7 +77,7 @@ def test_this_machine_has_memory():
 
 
 def test_train_says_it_before_the_first_step(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("titans_pretrain.training.gauge._measure", lambda dtype: 1e3)
+    monkeypatch.setattr("titans_pretrain.training.gauge.peak_flops", lambda device, precision: 1e3)
     monkeypatch.setattr(outlook, "free_memory", lambda device: 1000)
     options = [
         f"data.path={data}",

@@ -63,7 +63,7 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
 
 
 def without_clocks(run_dir: Path) -> list[dict]:
-    clocks = ("tokens_per_second", "mfu", "peak_memory_mib")
+    clocks = ("tokens_per_second", "mfu", "data_wait", "peak_memory_mib")
     return [{k: v for k, v in line.items() if k not in clocks} for line in read_metrics(run_dir / "metrics.jsonl")]
 
 
@@ -205,13 +205,13 @@ def test_nan_ends_with_one_line_and_the_checkpoint_stays(train, tmp_path, monkey
         (["model.variant=mac", "data.seq_len=80"], "data.seq_len=80 must be a multiple of model.mac.segment=32"),
         (["train.steps=many"], "train.steps = 'many': must be an integer"),
         (["version=3"], "version 3 is newer than version 2"),
-        (["train.resume=gone"], "no run or checkpoint folder gone"),
+        (["train.resume={tmp_path}/gone"], "no run or checkpoint folder {tmp_path}/gone"),
         (["train.resume={tmp_path}"], "holds no checkpoint"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(train, tmp_path, capsys, overrides, message):
     assert train(*(text.format(tmp_path=tmp_path) for text in overrides)) == 2
-    assert message in error_of(capsys)
+    assert message.replace("{tmp_path}", str(tmp_path)) in error_of(capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -390,7 +390,7 @@ def test_what_a_second_stage_may_not_change(train, tmp_path, capsys):
     assert train(f"train.resume={tmp_path}/run", f"train.init_from={tmp_path}/run") == 2
     assert "are both set" in error_of(capsys)
     assert train(f"run.dir={tmp_path}/new", "train.init_from=gone") == 2
-    assert "no run or checkpoint folder gone" in error_of(capsys)
+    assert "no run or checkpoint folder" in error_of(capsys)
 
 
 def test_a_second_stage_with_the_optimizer_reads_its_own_data_from_the_start(train, tmp_path, capsys):

@@ -12,6 +12,7 @@ import torch
 
 from titans_pretrain import cli
 from titans_pretrain.checkpoint import find_checkpoint, load_model
+from titans_pretrain.checkpoint.checksums import SUMS, write_sums
 from titans_pretrain.commands.generate import Context, Sampling, Writer, generate_tokens, pick_token
 from titans_pretrain.data import build_reader, unigram_entropy
 from titans_pretrain.training.loggers import read_metrics
@@ -104,6 +105,8 @@ def test_a_foreign_run_executes_nothing(run, data, tmp_path, capsys):
         )
         assert changed != text
         (folder / "config.yaml").write_text(changed)
+    (checkpoint / SUMS).unlink()
+    write_sums(checkpoint, {})  # as whoever changes a file can
     assert cli.main(["eval", str(tmp_path / "run"), "--batches", "1"]) == 2
     assert "the run's own config reads its data by 'pipe:touch" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path / "run")]) == 0

@@ -14,6 +14,7 @@ from titans_pretrain.training.progress import format_seconds
 SLOW_STEP = 60.0  # seconds
 MUCH_PADDING = 0.5  # of all columns
 MANY_EPOCHS = 100
+_PER_COLUMN = 2000 * 4  # bytes of activations for each column, layer and channel, many times what any layout needs
 
 
 def memory_warning(config: Config, device: torch.device, processes: int) -> str | None:
@@ -21,9 +22,14 @@ def memory_warning(config: Config, device: torch.device, processes: int) -> str 
     if config.parallel.tp > 1:
         return None  # its layout is counted with process groups of its own, which a run must not have
     layout, free = build_layout(config, processes), free_memory(device)
-    parts = layout.memory(layout.fullest)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    if free is None or sum(parts.values()) * here <= free:
+    model = config.model
+    columns = config.train.micro_batch * config.data.seq_len
+    most = 20 * sum(p.numel() for p in layout.model.parameters()) + _PER_COLUMN * columns * model.dim * model.layers
+    if free is None or most * here <= free:  # counting takes seconds
+        return None
+    parts = layout.memory(layout.fullest)
+    if sum(parts.values()) * here <= free:
         return None
     told = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
     return (

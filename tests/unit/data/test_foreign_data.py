@@ -46,7 +46,7 @@ def changed(draw, document):
         for key in path[:-1]:
             parent = parent[key]
         if draw(st.booleans()):
-            parent[path[-1]] = draw(values)
+            parent[path[-1]] = copy.deepcopy(draw(values))  # it may be changed in turn
         else:
             del parent[path[-1]]
     return document
