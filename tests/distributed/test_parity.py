@@ -56,7 +56,8 @@ QUICK = {
     ("dp2-zero1", "mag"),
     ("dp2-zero2", "mal"),
     ("dp2-zero3", "mac"),
-    *((layout, hybrid) for layout in ("tp2", "pp2", "cp2-k3") for hybrid in HYBRIDS),
+    ("tp2", "mag-lmm-transformer"),
+    *((layout, hybrid) for layout in ("pp2", "cp2-k3") for hybrid in HYBRIDS),
 }
 
 # What does not depend on the variant, or is an option of one layout.

@@ -12,7 +12,7 @@ How the order is made, and why it survives any change of the cluster:
 * Context parallelism reads only its columns; labels are cut before, so the last column has its label too.
 * With `data.on_bad_shard=skip` the processes agree, when a window opens and with every batch, on what none of them reads.
 
-One batch is read ahead, in a thread. A cursor never counts it: it tells what was given out.
+One batch is read ahead, in a thread, unless reading is quick. A cursor never counts it: it tells what was given out.
 
 Documents are padded to `model.document_multiple` with inert tokens and cut where a sample ends; the rest of a cut
 document is a document of its own (position 0) in another sample. At the end of a window (about a billion tokens) the
@@ -21,6 +21,7 @@ last sample is filled up with inert tokens.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, NamedTuple
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 ORDER_VERSION = 1  # changes whenever the same seed gives another order
 POLL = 0.2  # seconds between looks at a stop request while data is being waited for
+SLOW = (
+    0.002  # seconds that reading a batch takes, from which on the next one is read ahead; a thread costs a tenth of it
+)
 
 
 class Stopped(Exception):
@@ -80,13 +84,14 @@ class Reader:
         self._given = [source.state_dict() for source in sources]  # cursors after the last batch that was given out
         self._background = Background()
         self._ahead: tuple[Batch, Future] | None = None  # the next batch, and the cursors after it once it is filled
+        self._took = SLOW  # seconds, the last one
 
     def __iter__(self) -> Reader:
         return self
 
     def __next__(self) -> Batch:
         if self._ahead is None:
-            self._read_ahead()
+            self._begin()
         batch, cursors = self._ahead
         while not cursors.done():
             try:
@@ -98,12 +103,19 @@ class Reader:
         if (given := cursors.result()) is None:
             raise StopIteration
         self._given = given
-        if self._gather is None:
-            self._read_ahead()
+        if self._beside:
+            self._begin()
         return batch
 
-    def _read_ahead(self) -> None:
-        """Begins the next batch, in a thread; where the ranks must agree, here and whole: the other communication is in this one.
+    @property
+    def _beside(self) -> bool:
+        """Whether the next batch is read in a thread. Not where the ranks must agree, since the other communication is in this one,
+        nor what lies at hand: out of the page cache it takes less time than the work of a step that hides it."""
+        count = self._micro_batch * self._world
+        return self._gather is None and (self._took >= SLOW or not all(s.has_open(count) for s in self._sources))
+
+    def _begin(self) -> None:
+        """Begins the next batch.
 
         The thread never owns a tensor: to free one while the interpreter ends would abort the process. And what memory
         another thread allocates is given back to the system each time."""
@@ -111,7 +123,7 @@ class Reader:
 
         shape = self._micro_batch, self._width
         batch = Batch(*(torch.empty(shape, dtype=torch.int64, pin_memory=self._pinned) for _ in range(3)))
-        run = self._background.submit if self._gather is None else at_once
+        run = self._background.submit if self._beside else at_once
         self._ahead = batch, run(self._next, [tensor.numpy() for tensor in batch])
 
     def close(self) -> None:
@@ -121,6 +133,7 @@ class Reader:
 
     def _next(self, arrays: list[np.ndarray]) -> list[dict] | None:
         """Fills tokens, labels, positions; the cursors after them. None at the end."""
+        began = time.perf_counter()
         rows, windows = self._draw()
         if not windows:
             return None
@@ -132,6 +145,7 @@ class Reader:
             for window, *numbers in zip(windows, *found):
                 window.give_up(set().union(*numbers))
             self._read(rows, arrays)
+        self._took = time.perf_counter() - began
         return [source.state_dict() for source in self._sources]
 
     def _draw(self) -> tuple[list[tuple[Window, int] | None], list[Window]]:

@@ -114,6 +114,10 @@ class Source:
     def exhausted(self) -> bool:
         return self._epochs is not None and self.epoch >= self._epochs
 
+    def has_open(self, count: int) -> bool:
+        """Whether so many samples more can be taken without opening a window."""
+        return self._window is not None and self.sample + count <= self._window.samples
+
     def take(self, count: int) -> list[tuple[Window, int, int]]:
         """The next samples, `count` of them or all that the last epoch has left: stretches of (window, first sample, samples)."""
         stretches, found_in = [], self.epoch

@@ -222,6 +222,7 @@ def test_bad_shard_stops_with_its_name_or_is_skipped(tmp_path, monkeypatch, dama
 
 def test_shard_that_fails_while_it_is_read(tmp_path, monkeypatch):
     """The layout is made, then the disk goes bad: the rest stays where it was."""
+    monkeypatch.setattr("titans_pretrain.data.reader.SLOW", 0.0)  # one batch ahead, always
     folder, documents = bad_corpus(tmp_path, monkeypatch)
     whole = [row for row in rows(build_reader(make_config(folder), epochs=1))]
     reader = build_reader(make_config(folder, on_bad_shard="skip"), epochs=1)
