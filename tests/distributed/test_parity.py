@@ -45,7 +45,6 @@ FOUR = {
 EIGHT = {"tp2-pp2-cp2": layout(tp=2, pp=2, cp=2)}
 # One of each mode, for every run of the tests: the other combinations are slow ones.
 QUICK = {
-    ("tp2", "mac"),
     ("tp2-sequence", "mag"),
     ("pp2", "mal"),
     ("cp2", "lmm"),
