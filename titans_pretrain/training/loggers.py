@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Protocol
 
 from titans_pretrain.config import Config
+from titans_pretrain.data.background import Background
 
 log = logging.getLogger(__name__)
+PATIENCE = 10.0  # seconds for wandb to finish a run
 
 
 class Logger(Protocol):
@@ -119,7 +121,14 @@ class WandbLogger:
 
     def close(self) -> None:
         if self._run is not None:
-            self._try(self._run.finish)
+            self._try(self._finish)
+
+    def _finish(self) -> None:
+        """In a thread that the process does not wait for: a run that is to be requeued has no time for a network."""
+        try:
+            Background().submit(self._run.finish).result(PATIENCE)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {PATIENCE:.0f} s; `wandb sync` sends what it keeps") from None
 
     def _try(self, call, *args, **kwargs) -> None:
         try:

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,6 +48,18 @@ def test_wandb_sees_one_run_over_all_resumes(tmp_path, monkeypatch):
     assert ids[0] == ids[1] != ids[2]
     assert all(options["resume"] == "allow" and options["project"] == "titans" for options in started)
     assert all(id.isalnum() for id in ids)
+
+
+def test_a_wandb_that_does_not_finish_holds_nobody(tmp_path, monkeypatch, caplog):
+    never = threading.Event()
+    run = SimpleNamespace(finish=lambda: never.wait(60))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: run))
+    monkeypatch.setattr("titans_pretrain.training.loggers.PATIENCE", 0.01)
+    config = Config()
+    config.run.wandb = "titans"
+    WandbLogger(config, tmp_path).close()
+    never.set()
+    assert "wandb is off: TimeoutError: no answer" in caplog.text
 
 
 def write_steps(folder, steps: int):
