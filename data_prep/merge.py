@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from titans_pretrain.data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry
-from titans_pretrain.data_prep.shards import BLOCK, read_metadata, save_index, sha256_of, sync, write_text, writing
+from titans_pretrain.data_prep.shards import BLOCK, read_metadata, save_index, sha256_of, write_text, writing
 from titans_pretrain.data_prep.tokenizer import refuse_another, sync_tokenizer
+from titans_pretrain.disk import sync
 
 
 def merge(folders: list[str], out: str | None = None, deduplicate: bool = False) -> Manifest:

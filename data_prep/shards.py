@@ -11,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from titans_pretrain.data.manifest import ShardEntry
+from titans_pretrain.disk import sync
 
 BLOCK = tarfile.BLOCKSIZE
 TOKENS, METADATA = "tokens.bin", "json"
@@ -154,15 +155,6 @@ def writing(folder: str | Path):
         file = f" ({error.filename})" if error.filename not in (None, str(folder)) else ""
         told = f"cannot write to {folder}: {error.strerror or error}{file}; mend that and give the same command again"
         raise ValueError(told) from error
-
-
-def sync(path: Path) -> None:
-    """Puts a file's content, or a folder's list of names, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:

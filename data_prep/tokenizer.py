@@ -20,7 +20,7 @@ import numpy as np
 
 from titans_pretrain.data.manifest import token_dtype
 from titans_pretrain.data.tokenizer import DEFINITION, ENTRY, NUCLEOTIDES, TokenizerEntry, read_tokenizer_entry
-from titans_pretrain.data_prep.shards import sync
+from titans_pretrain.disk import sync
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # From the bottom up. Those on one line know nothing of each other.
 ORDER = (
-    {"config", "kernels"},
+    {"config", "kernels", "disk"},
     {"models", "data"},
     {"checkpoint", "data_prep"},
     {"training", "hf"},

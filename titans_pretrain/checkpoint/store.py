@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from titans_pretrain.disk import sync
+
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -91,7 +93,7 @@ def finish_folder(target: Path) -> None:
     """Makes the temporary folder the target, on disk, in one move. An earlier target is removed only after that."""
     temporary, aside = temporary_folder(target), _aside(target)
     for path in [*temporary.rglob("*"), temporary]:
-        _sync(path)
+        sync(path)
     if target.exists():
         os.rename(target, aside)
     try:
@@ -99,7 +101,7 @@ def finish_folder(target: Path) -> None:
     except OSError:
         _restore(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     _remove_tree(aside)
 
 
@@ -113,7 +115,7 @@ def make_folder(path: Path) -> None:
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def point_latest(target: Path) -> None:
@@ -125,9 +127,9 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all, on disk."""
     temporary = path.with_name(f".writing-{path.name}")
     temporary.write_text(text)
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
@@ -172,11 +174,3 @@ def _remove_tree(path: Path) -> None:
             shutil.rmtree(path)
         except OSError as e:
             log.warning("cannot remove %s: %s; it can be removed by hand", path, e)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,7 @@ from statistics import mean, median
 from titans_pretrain.commands.table import format_table
 from titans_pretrain.config import Config, load_run_config, refuse_commands
 from titans_pretrain.training.loggers import read_metrics
-from titans_pretrain.training.plot import draw_loss
+from titans_pretrain.training.plot import plot_loss
 
 
 def report(run_dir: str) -> str:
@@ -44,7 +44,7 @@ def report(run_dir: str) -> str:
         rows["MFU"] = f"{median(columns['mfu']):.1%} (median)"
     rows["peak memory"] = f"{max(columns['peak_memory_mib']):,.0f} MiB"
     try:
-        rows["loss curve"] = draw_loss(run, None if isinstance(entropy, str) else entropy)
+        rows["loss curve"] = plot_loss(run, None if isinstance(entropy, str) else entropy)
     except Exception as e:  # a folder that is only to be read, a broken matplotlib: the rest of the report still holds
         rows["loss curve"] = f"not drawn: {' '.join(str(e).split())}"
     return format_table(rows)

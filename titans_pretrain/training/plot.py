@@ -1,25 +1,15 @@
 """The loss curve of a run as a picture."""
 
-import logging
 import os
 import tempfile
 from pathlib import Path
 
 from titans_pretrain.training.loggers import read_metrics
 
-log = logging.getLogger(__name__)
 SMOOTHED = 50  # the smoothed curve's memory is one part in so many of the run, in steps
 
 
-def plot_loss(run_dir: str | Path) -> None:
-    """draw_loss for a run that ends: whatever goes wrong is one warning line."""
-    try:
-        draw_loss(run_dir)
-    except Exception as e:  # of matplotlib, its fonts and caches, or the disk: none is worth a run's exit code
-        log.warning("loss.png is not drawn: %s: %s", type(e).__name__, " ".join(str(e).split()))
-
-
-def draw_loss(run_dir: str | Path, unigram_entropy: float | None = None) -> Path | None:
+def plot_loss(run_dir: str | Path, unigram_entropy: float | None = None) -> Path | None:
     """Draws RUN/metrics.jsonl into RUN/loss.png: training and validation loss over tokens; None without a step.
 
     unigram_entropy: of the validation tokens, nats per token; a line to compare with."""

@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -16,3 +17,21 @@ def corpus(tmp_path):
 def source_files() -> list[Path]:
     """Real text that every machine has: some of Python's own modules."""
     return sorted(Path(os.__file__).parent.glob("*.py"))[:60]
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Five files of 40 documents."""
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    texts = [f"document {i} " + "xyz\n" * (i % 50) for i in range(200)]
+    for part in range(5):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts[40 * part : 40 * part + 40]]
+        (folder / f"{part}.jsonl").write_text("".join(lines))
+    return folder, texts
+
+
+@pytest.fixture
+def quick_disk(monkeypatch):
+    """Nothing here cuts the power: who waits for the disk is seen by its calls."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
