@@ -101,7 +101,12 @@ def test_killed_and_stopped_runs_end_with_the_same_bits(data, tmp_path):
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line] == list(range(1, 21))
 
 
-@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal", "transformer"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param("lmm", marks=SLOW), "mac", "mag", pytest.param("mal", marks=SLOW), "transformer"]
+)
 def test_every_variant_learns(train, tmp_path, variant):
     assert train(f"model.variant={variant}", "train.steps=12", "train.eval_every=12", "train.lr=1e-2") == 0
     lines = read_metrics(tmp_path / "run/metrics.jsonl")
