@@ -52,11 +52,13 @@ def test_equals_reference(depth, norm, forget_to, per_layer, resets, device, bac
 
 
 @pytest.mark.parametrize(
-    "tokens, chunk", [(1, 1), (1, 4), (7, 1), (3, 8), (16, 8), (17, 8), (70, 66), (140, 66), (70, 67), (140, 67)]
+    "tokens, chunk",
+    [(1, 1), (1, 4), (7, 1), (3, 8), (16, 8), (17, 8), (70, 66), (140, 66), (70, 67), (140, 67), (410, 201)],
 )
 @FAST
 def test_lengths_and_chunks(tokens, chunk, device, backend):
-    """Single tokens, chunks longer than the sequence, chunks of several tiles, of one length (66 = 2 x 33) or not (67 = 34 + 33)."""
+    """Single tokens, chunks longer than the sequence, chunks of several tiles, of one length (66 = 2 x 33) or not (67 = 34 + 33),
+    and of several spans (201 = 153 + 48)."""
     x = make(tokens, 2, batch=1, seed=tokens, device=device)
     compare(x, 2, dict(chunk_size=chunk, residual_norm=True, forget_to="initial"), backend)
 
