@@ -34,12 +34,13 @@ LIMIT = 10.0  # of a gradient's norm over the transformer's
 UNDAMPED = {"damping": 0.0, "step": "plain", "max_lr": 0.1}
 
 
-def setting(c: float, g: float | None, max_lr: float, **other) -> dict:
-    step = {"step": "plain"} if g is None else {"step": "telescoped", "step_coefficient": float(g)}
-    return {"damping": float(c), **step, "max_lr": float(max_lr), **other}
+def setting(c: float, g: float | None, max_lr: float, step: str = "telescoped", **other) -> dict:
+    how = {"step": "plain"} if g is None else {"step": step, "step_coefficient": float(g)}
+    return {"damping": float(c), **how, "max_lr": float(max_lr), **other}
 
 
-CHOSEN = setting(1.0, 1.2, 1.6)
+CHOSEN = setting(1.0, 0.56, 3.4, "relative")
+TELESCOPED = setting(1.0, 1.2, 1.6)  # the same for values as a fresh model has them
 
 
 def points() -> Iterator[dict]:
@@ -51,7 +52,7 @@ def points() -> Iterator[dict]:
 
     both = (UNDAMPED, CHOSEN)
     yield from make("recall", {}, "transformer")
-    for memory in both:
+    for memory in (*both, TELESCOPED):
         yield from make("recall", memory)
     for variant, dtype in itertools.product(("transformer", *MEMORIES), ("float32", "bfloat16")):
         for memory in ({},) if variant == "transformer" else both:
@@ -72,6 +73,7 @@ def points() -> Iterator[dict]:
         (1, 1.2, 3.2),
         (1, 2, 1.6),
         (0.5, 1.2, 1.6),
+        (2, 1.2, 1.6),
         (2, 1.2, 3.2),
         (1, 0.8, 1.6),
         (1, None, 0.4),
@@ -208,8 +210,9 @@ def measure(point: dict, quick: bool = False) -> dict:
 def describe(memory: dict) -> str:
     if not memory:
         return ""
-    g = memory["step_coefficient"] if memory["step"] == "telescoped" else "none"
-    rest = {k: v for k, v in memory.items() if k not in ("damping", "step", "step_coefficient", "max_lr")}
+    g = memory.get("step_coefficient", "none")
+    given = ("damping", "step_coefficient", "max_lr", *(() if memory["step"] == "relative" else ("step",)))
+    rest = {k: v for k, v in memory.items() if k not in given}
     return f"c {memory['damping']:g}, g {g}, max_lr {memory['max_lr']:g}" + "".join(
         f", {k} {v}" for k, v in rest.items()
     )

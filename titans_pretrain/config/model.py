@@ -53,12 +53,17 @@ class MemoryConfig:
         "initial", "what forgetting decays the weights towards: their initial values, or zero"
     )
     damping: float = setting(1.0, "c: bounds the inner gradient through the memory's norm; 0: the plain gradient")
-    step: Literal["plain", "telescoped"] = setting(
-        "telescoped", "telescoped scales steps down for keys that repeat within a chunk; plain does not"
+    step: Literal["plain", "telescoped", "relative"] = setting(
+        "relative",
+        "telescoped scales steps down for keys that repeat within a chunk, relative also for large values; plain does not",
     )
-    step_coefficient: float | None = setting(None, "g of the telescoped step; null: 1.2 with residual_norm, else 2")
+    step_coefficient: float | None = setting(
+        None,
+        "g of the telescoped step; null: 0.56 for the relative one and 1.2 for the other with residual_norm, else 2",
+    )
     max_lr: float | None = setting(
-        None, "upper end of theta, the learned inner step; null: 1.6 with residual_norm, else 0.5"
+        None,
+        "upper end of theta, the learned inner step; null: 3.4 for the relative one and 1.6 for others with residual_norm, else 0.5",
     )
     max_momentum: float = setting(0.9, "upper end of eta, the learned momentum")
     per_layer_gates: bool = setting(False, "own gates for each layer of the memory MLP")
@@ -88,14 +93,14 @@ class MemoryConfig:
         """g, resolved: the linear memory's curvature, or the damped norm's own."""
         if self.step_coefficient is not None:
             return self.step_coefficient
-        return 1.2 if self.residual_norm else 2.0
+        return (0.56 if self.step == "relative" else 1.2) if self.residual_norm else 2.0
 
     @property
     def largest_lr(self) -> float:
         """max_lr, resolved."""
         if self.max_lr is not None:
             return self.max_lr
-        return 1.6 if self.residual_norm else 0.5
+        return (3.4 if self.step == "relative" else 1.6) if self.residual_norm else 0.5
 
     def widths(self, dim: int) -> list[int]:
         """Sizes between the layers of one memory of a model of width `dim`: [D, F, ..., F, D]."""

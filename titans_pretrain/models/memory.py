@@ -94,7 +94,7 @@ class MemoryLayer(nn.Module):
             state = self.opened(start, x.shape[0])
         (q, k, v), (asked, said), conv = self._project(x, state.conv, positions, start.conv)
         forget, momentum, lr = self._gates(x, positions)
-        forget, momentum, lr, history = self._steps(forget, momentum, lr * said, k, state.history)
+        forget, momentum, lr, history = self._steps(forget, momentum, lr * said, k, v, state.history)
         options = dict(
             chunk_size=c.chunk_size, residual_norm=c.residual_norm, damping=c.damping, forget_to=c.forget_to, initial_state=start.memory,
             hidden_split=self.hidden_split,
@@ -141,7 +141,7 @@ class MemoryLayer(nn.Module):
         c = self.config
         (q, k, v), (_, said), conv = self._project(x, start.conv, None, None)
         forget, momentum, lr = self._gates(x, None)
-        forget, momentum, lr, _ = self._steps(forget, momentum, lr * said, k, None)
+        forget, momentum, lr, _ = self._steps(forget, momentum, lr * said, k, v, None)
         y, memory = memory_scan(
             q, k, v, forget, momentum, lr, start.memory, chunk_size=c.chunk_size, residual_norm=c.residual_norm,
             damping=c.damping, forget_to=c.forget_to, initial_state=start.memory, checkpoint_every=c.checkpoint_every, backend=c.backend,
@@ -177,14 +177,17 @@ class MemoryLayer(nn.Module):
             gates.append(g)
         return gates
 
-    def _steps(self, forget, momentum, lr, k, history):
-        """The gates as the scan takes them, theta telescoped, and the history of a half-read chunk."""
+    def _steps(self, forget, momentum, lr, k, v, history):
+        """The gates as the scan takes them, theta telescoped and relative to v, and the history of a half-read chunk."""
         c = self.config
-        if c.step == "telescoped":
+        if c.step != "plain":
             lr, history = telescope(
                 lr, momentum, k, chunk_size=c.chunk_size, coefficient=c.telescope_coefficient,
                 power=2 if c.residual_norm else 1, history=history,
             )  # fmt: skip
+        if c.step == "relative" and c.residual_norm:
+            # Through the norm, whose output has one length, the curvature of the inner loss grows as |v - k| does.
+            lr = lr * torch.rsqrt(1 + v.to(lr.dtype).square().sum(-1, keepdim=True))
         if c.residual_norm and c.damping and c.depth > 2:
             # The input of a layer between the first and the last has a square norm of about F where the first one's, a key, has 1,
             # and so has its share of the curvature.

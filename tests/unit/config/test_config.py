@@ -155,7 +155,7 @@ def test_version_1_keeps_its_inner_step(write, text, expected):
     assert {key: getattr(config.model.memory, key) for key in expected} == expected
     assert config.version == 2
     memory = load_config(write("new.yaml", "train: {seed: 1}\n")).model.memory
-    assert (memory.damping, memory.step, memory.largest_lr) == (1.0, "telescoped", 1.6)
+    assert (memory.damping, memory.step, memory.largest_lr) == (1.0, "relative", 3.4)
 
 
 def test_version_1_with_a_step_that_is_gone(write):

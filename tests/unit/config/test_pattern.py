@@ -137,7 +137,7 @@ def test_a_pattern_survives_a_hugging_face_config(tmp_path):
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: MemoryConfig(step="telescope"), "model.memory.step = 'telescope': must be plain or telescoped; did you mean telescoped?"),
+        (lambda: MemoryConfig(step="telescope"), "model.memory.step = 'telescope': must be plain or telescoped or relative; did you mean telescoped?"),
         (lambda: MemoryConfig(forget_to="initials"), "model.memory.forget_to = 'initials': must be zero or initial; did you mean initial?"),
         (lambda: MemoryConfig(backend="fast"), "model.memory.backend = 'fast': must be auto or reference or chunked"),
         (lambda: MemoryConfig(residual_norm="no"), "model.memory.residual_norm = 'no': must be true or false"),

@@ -211,8 +211,6 @@ class Memory:
         self.p, self.c, self.m = p, c, c.memory
         self.size = c.dim // self.m.heads
         self.coefficient = self.m.telescope_coefficient
-        if self.coefficient is None:
-            self.coefficient = 1.2 if self.m.residual_norm else 2.0
         matrices = [p[f"weights.{layer}"] for layer in range(self.m.depth)]
         self.weights = [[w[h] for w in matrices] for h in range(self.m.heads)]
         self.surprise = [[torch.zeros_like(w) for w in head] for head in self.weights]
@@ -255,7 +253,7 @@ class Memory:
         weights, surprise = [], []
         for h in range(self.m.heads):
             u = self.inner_gradient(h, unit(k[h]), v[h])
-            steps = self.steps(h, k[h], eta[h], theta[h])
+            steps = self.steps(h, k[h], v[h], eta[h], theta[h])
             w_h, s_h = [], []
             for layer in range(self.m.depth):
                 momentum = self.m.max_momentum * eta[h][layer]
@@ -270,16 +268,18 @@ class Memory:
         y = self.recall(q, weights) * sigmoid(self.p["g_proj.weight"] @ x)
         return self.p["o_proj.weight"] @ y
 
-    def steps(self, h: int, k: Tensor, eta: list[Tensor], theta: list[Tensor]) -> list[Tensor]:
+    def steps(self, h: int, k: Tensor, v: Tensor, eta: list[Tensor], theta: list[Tensor]) -> list[Tensor]:
         """theta of each memory layer as the update takes it."""
         steps = []
         for layer in range(self.m.depth):
             step = plain = self.m.largest_lr * theta[layer] * presence(k)
-            if self.m.step == "telescoped":
+            if self.m.step in ("telescoped", "relative"):
                 for key, earlier in self.chunk[h]:
                     overlap = (key * unit(k)).sum() ** 2 if self.m.residual_norm else (key * unit(k)).sum().abs()
                     step = step * (1 - (self.coefficient * earlier[layer] * overlap).clamp(max=0.999))
                 step = step * (1 - self.m.max_momentum * eta[layer])
+            if self.m.step == "relative" and self.m.residual_norm:
+                step = step / (1 + (v * v).sum()).sqrt()
             if self.m.residual_norm and self.m.damping and 0 < layer < self.m.depth - 1:
                 step = (
                     step / self.weights[h][0].shape[1]

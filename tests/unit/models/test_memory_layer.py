@@ -49,7 +49,7 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("per_layer_gates", [False, True])
 def test_gates_stay_within_their_bounds_and_use_them(calls, per_layer_gates):
-    block = build(persistent=0, per_layer_gates=per_layer_gates)
+    block = build(persistent=0, per_layer_gates=per_layer_gates, step="telescoped")
     block.memory(30 * sample(200))
     (_, _, _, forget, momentum, lr, _), _ = calls[0]
     for gate, high in ((forget, 1.0), (momentum, 0.6), (lr, 0.7)):
@@ -72,11 +72,13 @@ def test_gates_at_the_start(calls):
     for w in weights:
         torch.nn.init.zeros_(w)
     layer(torch.randn(1, 64, DIM))
-    (_, _, _, forget, momentum, lr, _), _ = calls[0]
+    (_, _, v, forget, momentum, lr, _), _ = calls[0]
     m = config.memory
     assert_close(forget, torch.full_like(forget, 1 / (1 + torch.e**6)))
     assert_close(momentum, torch.full_like(momentum, m.max_momentum / 2))
-    # less where a key is short, or like an earlier one of its chunk; the step is divided among the repetitions of momentum
+    # less where a key is short, or like an earlier one of its chunk; the step is divided among the repetitions of momentum, and is
+    # relative to the value
+    lr = lr * (1 + v.square().sum(-1, keepdim=True)).sqrt()
     largest = m.largest_lr / 2 * (1 - m.max_momentum / 2)
     assert lr.max() <= largest and lr.max() > 0.99 * largest
 
@@ -97,7 +99,7 @@ def test_gates_under_autocast_add_their_biases_in_float32(calls):
     assert_close(forget.double(), exact, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("step", ["plain", "telescoped"])
+@pytest.mark.parametrize("step", ["plain", "telescoped", "relative"])
 def test_padding_is_inert(calls, step):
     """Every gate is exactly zero there, and the memory after it is the memory before it."""
     block = build(step=step, damping=1.0, depth=3)
