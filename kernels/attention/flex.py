@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 KeyValue = tuple[Tensor, Tensor]
 
 BLOCK = 128
+MOST_COMPILED = 64  # kernels: for each kind of mask, dtype and pass one of fixed lengths and one of any
 
 
 def window_attention(
@@ -121,12 +122,16 @@ def _list(start: Tensor, count: Tensor, of: int, widest: int | None) -> tuple[Te
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> tuple[Tensor, Tensor]:
     """[B, T, H, D] -> y alike and lse [B, H, T]."""
-    attend = _compiled() if q.device.type == "cuda" and not torch.compiler.is_compiling() else flex_attention
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y, aux = attend(q, k, v, block_mask=mask, return_aux=AuxRequest(lse=True))
+    if q.device.type != "cuda" or torch.compiler.is_compiling():
+        y, aux = flex_attention(q, k, v, block_mask=mask, return_aux=AuxRequest(lse=True))
+    else:
+        with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+            y, aux = _compiled()(q, k, v, block_mask=mask, return_aux=AuxRequest(lse=True))
     return y.transpose(1, 2), aux.lse
 
 
 @cache
 def _compiled():
-    return torch.compile(flex_attention)
+    """fullgraph: past the limit an error, where torch would go on uncompiled, with a matrix of all scores."""
+    return torch.compile(flex_attention, fullgraph=True)
