@@ -6,8 +6,8 @@ as [H, N] float32. None of their backward passes takes part in autograd here, so
 
 import importlib
 import inspect
+import sys
 from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def _aten_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 
 def _refuses_aten(q: Tensor) -> str | None:
     reason = _refuses_tensor(q, (8, 9, 10, 11, 12))
-    if reason is None and (torch.version.hip or not torch.backends.cuda.is_flash_attention_available()):
+    if reason is None and not _torch_has_flash():
         return "q: this build of torch has no flash attention for CUDA"
     return reason
 
@@ -44,7 +44,7 @@ _FLASH_2 = "flash_attn.flash_attn_interface"
 
 
 def _flash_2_forward(q: Tensor, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _module(_FLASH_2)._flash_attn_varlen_forward(
+    out, lse, *_ = sys.modules[_FLASH_2]._flash_attn_varlen_forward(
         q, k, v, span.queries, span.keys, span.longest_queries, span.longest_keys, dropout_p=0.0, softmax_scale=_scale(q),
         causal=_causal(span), window_size_left=span.left, window_size_right=span.right,
     )  # fmt: skip
@@ -53,7 +53,7 @@ def _flash_2_forward(q: Tensor, k: Tensor, v: Tensor, span: Span) -> tuple[Tenso
 
 def _flash_2_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, span: Span):
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-    _module(_FLASH_2)._flash_attn_varlen_backward(
+    sys.modules[_FLASH_2]._flash_attn_varlen_backward(
         grad, q, k, v, out, lse, dq, dk, dv, span.queries, span.keys, span.longest_queries, span.longest_keys,
         dropout_p=0.0, softmax_scale=_scale(q), causal=_causal(span), window_size_left=span.left, window_size_right=span.right,
         softcap=0.0, alibi_slopes=None, deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -62,11 +62,9 @@ def _flash_2_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
 
 
 def _refuses_flash_2(q: Tensor) -> str | None:
+    functions = ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
     return _refuses_tensor(q, (8, 9, 10, 11, 12)) or _refuses_module(
-        _FLASH_2,
-        "flash-attn 2.8",
-        _flash_attn_varlen_forward="window_size_left",
-        _flash_attn_varlen_backward="window_size_left",
+        _FLASH_2, "flash-attn 2.8", functions, "window_size_left"
     )
 
 
@@ -74,7 +72,7 @@ _FLASH_3 = "flash_attn_interface"
 
 
 def _flash_3_forward(q: Tensor, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _module(_FLASH_3)._flash_attn_forward(
+    out, lse, *_ = sys.modules[_FLASH_3]._flash_attn_forward(
         q, k, v, cu_seqlens_q=span.queries, cu_seqlens_k=span.keys, max_seqlen_q=span.longest_queries,
         max_seqlen_k=span.longest_keys, softmax_scale=_scale(q), causal=_causal(span), window_size_left=span.left,
         window_size_right=span.right,
@@ -84,7 +82,7 @@ def _flash_3_forward(q: Tensor, k: Tensor, v: Tensor, span: Span) -> tuple[Tenso
 
 def _flash_3_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, span: Span):
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-    _module(_FLASH_3)._flash_attn_backward(
+    sys.modules[_FLASH_3]._flash_attn_backward(
         grad, q, k, v, out, lse, cu_seqlens_q=span.queries, cu_seqlens_k=span.keys, max_seqlen_q=span.longest_queries,
         max_seqlen_k=span.longest_keys, dq=dq, dk=dk, dv=dv, softmax_scale=_scale(q), is_causal=_causal(span),
         window_size_left=span.left, window_size_right=span.right,
@@ -94,11 +92,9 @@ def _flash_3_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
 
 
 def _refuses_flash_3(q: Tensor) -> str | None:
+    functions = ("_flash_attn_forward", "_flash_attn_backward")
     return _refuses_tensor(q, (9,)) or _refuses_module(
-        _FLASH_3,
-        "FlashAttention 3 of late 2025",
-        _flash_attn_forward="window_size_left",
-        _flash_attn_backward="window_size_left",
+        _FLASH_3, "FlashAttention 3 of late 2025", functions, "window_size_left"
     )
 
 
@@ -114,13 +110,13 @@ def _flash_4_options(q: Tensor, span: Span) -> dict:
 
 
 def _flash_4_forward(q: Tensor, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _module(_FLASH_4)._flash_attn_fwd(q, k, v, return_lse=True, **_flash_4_options(q, span))
+    out, lse, *_ = sys.modules[_FLASH_4]._flash_attn_fwd(q, k, v, return_lse=True, **_flash_4_options(q, span))
     return out, lse
 
 
 def _flash_4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, span: Span):
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-    _module(_FLASH_4)._flash_attn_bwd(
+    sys.modules[_FLASH_4]._flash_attn_bwd(
         q, k, v, out, grad, lse, dq=dq, dk=dk, dv=dv, deterministic=torch.are_deterministic_algorithms_enabled(),
         **_flash_4_options(q, span),
     )  # fmt: skip
@@ -128,10 +124,11 @@ def _flash_4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
 
 
 def _refuses_flash_4(q: Tensor) -> str | None:
+    functions = ("_flash_attn_fwd", "_flash_attn_bwd")
     reason = _refuses_tensor(q, (9, 10)) or _refuses_module(
-        _FLASH_4, "flash-attn-4 4.0.0b36", _flash_attn_fwd="max_seqlen_q", _flash_attn_bwd="max_seqlen_q"
+        _FLASH_4, "flash-attn-4 4.0.0b36", functions, "max_seqlen_q"
     )
-    if reason is None and q.shape[-1] > 128 and torch.cuda.get_device_capability(q.device)[0] == 10:
+    if reason is None and q.shape[-1] > 128 and _generation(q.device) == 10:
         return f"q: heads of {q.shape[-1]}, and on this GPU it has kernels for 128 at most"
     return reason
 
@@ -163,30 +160,46 @@ def _refuses_tensor(q: Tensor, generations: tuple[int, ...]) -> str | None:
     size = q.shape[-1]
     if size % 8 or size > 256:
         return f"q: heads of {size}, and it has multiples of 8 up to 256 only"
-    major = torch.cuda.get_device_capability(q.device)[0]
+    major = _generation(q.device)
     if major not in generations:
         legal = ", ".join(f"{g}.x" for g in generations)
         return f"q: a GPU of compute capability {major}.x, and its kernels are for {legal}"
     return None
 
 
-def _refuses_module(name: str, wanted: str, **parameters: str) -> str | None:
-    """parameters: functions of the module, each with a parameter that its older versions lack."""
-    module = _module(name)
-    if not isinstance(module, ModuleType):
-        return f"q: it needs {wanted} or newer ({module})"
-    if all(_takes(getattr(module, function, None), parameter) for function, parameter in parameters.items()):
+# What a machine has does not change: torch.compile need not trace how it is found out.
+
+
+@torch.compiler.assume_constant_result
+def _generation(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+@torch.compiler.assume_constant_result
+def _torch_has_flash() -> bool:
+    return not torch.version.hip and torch.backends.cuda.is_flash_attention_available()
+
+
+@torch.compiler.assume_constant_result
+def _refuses_module(name: str, wanted: str, functions: tuple[str, ...], parameter: str) -> str | None:
+    """parameter: of these functions of the module, which older versions lack."""
+    problem = _import(name)
+    if problem is not None:
+        return f"q: it needs {wanted} or newer ({problem})"
+    module = sys.modules[name]
+    if all(_takes(getattr(module, function, None), parameter) for function in functions):
         return None
     return f"q: it needs {wanted} or newer; the {name} that is installed has other functions"
 
 
 @cache
-def _module(name: str) -> ModuleType | str:
-    """The module, or why it cannot be imported."""
+def _import(name: str) -> str | None:
+    """Why the module cannot be imported, if it cannot."""
     try:
-        return importlib.import_module(name)
+        importlib.import_module(name)
     except Exception as e:  # a build for another torch fails with any error
         return f"{type(e).__name__}: {' '.join(str(e).split())}"
+    return None
 
 
 @cache

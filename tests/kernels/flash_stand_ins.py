@@ -210,6 +210,6 @@ def installed(name, monkeypatch):
         stand_in = sys.modules[module]
         for key, function in functions().items():
             setattr(stand_in, key, function)
-        libraries._module.cache_clear()
+        libraries._import.cache_clear()
         yield
-    libraries._module.cache_clear()
+    libraries._import.cache_clear()

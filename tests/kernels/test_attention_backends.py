@@ -92,7 +92,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["flash_attn_4", "flex"])  # the flash kernels' sequences are made alike for all
 @pytest.mark.parametrize("tail", [0, W - 1])
 @pytest.mark.parametrize("window", [W, None])
 @pytest.mark.parametrize("name", ROWS)
@@ -143,6 +143,21 @@ def test_segment(rows, length, persistent, context, memory, backend, served):
     inputs = [x for x in leaves((q, k, v, mk, mv), pairs) if x is not None]
     fast, slow = (segment_attention(q, k, v, mk, mv, backend=name, **pairs) for name in (backend, "reference"))
     compare(fast, slow, inputs)
+
+
+def test_torch_compile_takes_a_merged_call_whole(served):
+    """Documents and persistent keys, forward and backward; the stand-ins of the other libraries cannot be traced."""
+    served("aten")
+    inputs, options = case(40, tail=5, persistent=3)
+    tensors = leaves(inputs, options)
+
+    def call(q, k, v, tk, tv, pk, pv, positions):
+        return sliding_window_attention(
+            q, k, v, window=8, positions=positions, tail=(tk, tv), persistent=(pk, pv), backend="aten"
+        )[0]
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    compare(compiled(*tensors, documents(2, 40)), call(*tensors, documents(2, 40)), tensors)
 
 
 @pytest.mark.parametrize("backend", FLASH)
@@ -301,7 +316,7 @@ def test_a_library_that_is_missing_or_old(backend, gpu, monkeypatch):
         "flash_attn_3": ("flash_attn_interface", ("_flash_attn_forward", "_flash_attn_backward")),
         "flash_attn_4": ("flash_attn.cute.interface", ("_flash_attn_fwd", "_flash_attn_bwd")),
     }[backend]
-    libraries._module.cache_clear()
+    libraries._import.cache_clear()
     for part in ("flash_attn", "flash_attn.cute", name):
         monkeypatch.setitem(sys.modules, part, None)
     assert "or newer (ModuleNotFoundError: " in refusal(contract.WINDOW, backend, q)
