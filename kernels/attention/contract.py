@@ -50,9 +50,10 @@ def sliding_window_attention(
     Args:
         q, k, v: [B, T, H, D], one dtype; rotary embedding, if any, is already applied.
         window: keys a query sees, itself included; None: all keys before it.
-        positions: [B, T] int64, position of each token in its document, counted without a gap; negative for padding. The query
-            at index i sees the key at index j (tail keys have negative indices) iff `0 <= i - j < window` and
+        positions: [B, T] int64, position of each token in its document, negative for padding. The query at index i sees
+            the key at index j (tail keys have negative indices) iff `0 <= i - j < window` and
             `i - j <= max(positions[i], 0)`. None: no document starts here, and all of the tail belongs to this one.
+            The flash backends need positions that count up by one within a document.
         persistent: (k, v), each [P, H, D]: visible to every query.
         tail: (k, v), each [B, S, H, D]: what came directly before this call, S <= window - 1. None: nothing.
         document_multiple: documents start this many tokens apart, or more. Bounds the sequences that a kernel of sequences has

@@ -191,7 +191,6 @@ BAD = {
         "backend": "flash"
     },
     "document_multiple must": {"document_multiple": 0},
-    "positions must count up": {"positions": torch.tensor([[0, 1, 3, 4]] * 2)},
     "positions has documents": {"positions": torch.tensor([[0, 1, 2, 3], [2, 0, 1, 0]]), "document_multiple": 3},
 }
 
