@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from titans_pretrain.kernels.backends import values_at_hand
+
 KeyValue = tuple[Tensor, Tensor]
 
 
 def check_window(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, positions: Tensor | None, persistent: KeyValue | None,
-    tail: KeyValue | None,
+    tail: KeyValue | None, document_multiple: int = 1,
 ) -> None:  # fmt: skip
     if q.dim() != 4 or 0 in q.shape:
         raise ValueError(f"q must be [B, T, H, D] with no empty dimension, got {tuple(q.shape)}")
@@ -24,6 +26,10 @@ def check_window(
         raise ValueError(
             f"positions is {tuple(positions.shape)} {positions.dtype}; it must be {(batch, tokens)} torch.int64"
         )
+    if document_multiple < 1:
+        raise ValueError(f"document_multiple must be 1 or more, got {document_multiple}")
+    if positions is not None and values_at_hand(positions):
+        _check_documents(positions, document_multiple)
     if persistent is not None:
         for name, x in zip(("k", "v"), persistent, strict=True):
             if x.dim() != 3 or x.shape[1:] != (heads, size) or x.shape[0] != persistent[0].shape[0]:
@@ -34,6 +40,13 @@ def check_window(
                 raise ValueError(f"tail {name} is {tuple(x.shape)}; both must be [{batch}, S, {heads}, {size}]")
         if window is not None and tail[0].shape[1] > window - 1:
             raise ValueError(f"tail holds {tail[0].shape[1]} keys; a window of {window} sees at most {window - 1}")
+
+
+def _check_documents(positions: Tensor, multiple: int) -> None:
+    row = torch.arange(positions.shape[1], device=positions.device)
+    last = torch.where(positions == 0, row, -multiple).cummax(1).values
+    if ((positions[:, 1:] == 0) & (row[1:] - last[:, :-1] < multiple)).any():
+        raise ValueError(f"positions has documents that start less than document_multiple={multiple} tokens apart")
 
 
 def check_segment(

@@ -1,17 +1,36 @@
 """The public attention of the variants: two contracts, several backends."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from titans_pretrain.kernels.attention import reference, sdpa
+from titans_pretrain.kernels.attention import flash, flex, reference, sdpa
 from titans_pretrain.kernels.attention.checks import check_segment, check_window
+from titans_pretrain.kernels.attention.libraries import LIBRARIES
 from titans_pretrain.kernels.backends import Backend, autocast_dtype, choose, without_autocast
 
 KeyValue = tuple[Tensor, Tensor]
 
 # In the order in which "auto" tries them.
-WINDOW = (Backend("sdpa", sdpa.window_attention), Backend("reference", reference.window_attention))
-SEGMENT = (Backend("sdpa", sdpa.segment_attention), Backend("reference", reference.segment_attention))
+WINDOW = (
+    *(
+        Backend(x.name, partial(flash.window_attention, library=x), partial(flash.refuses_window, library=x))
+        for x in LIBRARIES
+    ),
+    Backend("flex", flex.window_attention, flex.refuses),
+    Backend("sdpa", sdpa.window_attention),
+    Backend("reference", reference.window_attention),
+)
+SEGMENT = (
+    *(
+        Backend(x.name, partial(flash.segment_attention, library=x), partial(flash.refuses_segment, library=x))
+        for x in LIBRARIES
+    ),
+    Backend("flex", flex.segment_attention, flex.refuses),
+    Backend("sdpa", sdpa.segment_attention),
+    Backend("reference", reference.segment_attention),
+)
 
 
 def sliding_window_attention(
@@ -23,6 +42,7 @@ def sliding_window_attention(
     positions: Tensor | None = None,
     persistent: KeyValue | None = None,
     tail: KeyValue | None = None,
+    document_multiple: int = 1,
     backend: str = "auto",
 ) -> tuple[Tensor, KeyValue]:
     """Each query sees itself, the `window - 1` keys before it and every persistent key (Titans, arXiv 2501.00663, 4.2).
@@ -33,10 +53,14 @@ def sliding_window_attention(
         positions: [B, T] int64, position of each token in its document, negative for padding. The query at index i sees
             the key at index j (tail keys have negative indices) iff `0 <= i - j < window` and
             `i - j <= max(positions[i], 0)`. None: no document starts here, and all of the tail belongs to this one.
+            The flash backends need positions that count up by one within a document.
         persistent: (k, v), each [P, H, D]: visible to every query.
         tail: (k, v), each [B, S, H, D]: what came directly before this call, S <= window - 1. None: nothing.
-        backend: "auto", "sdpa" (blocks of queries, O(T * window) time, memory linear in T, exact gradients by recomputation)
-            or "reference" (one dense mask, the oracle).
+        document_multiple: documents start this many tokens apart, or more. Bounds the sequences that a kernel of sequences has
+            to plan for; the result is the same.
+        backend: "auto"; on a GPU in half precision "flash_attn_3", "flash_attn_2", "flash_attn_4", "aten" (torch's own
+            FlashAttention 2) and "flex" (torch's FlexAttention); "sdpa" (blocks of queries, O(T * window) time, memory linear
+            in T, exact gradients by recomputation); "reference" (one dense mask, the oracle).
 
     Returns:
         y [B, T, H, D] and the tail of the next call: the last min(window - 1, S + T) keys and values (all of them when
@@ -45,7 +69,7 @@ def sliding_window_attention(
     Raises:
         ValueError: a shape, dtype or backend that does not fit; one line that names the argument.
     """
-    check_window(q, k, v, window, positions, persistent, tail)
+    check_window(q, k, v, window, positions, persistent, tail, document_multiple)
     dtype = _compute_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if tail is not None:
@@ -54,6 +78,7 @@ def sliding_window_attention(
     arguments = dict(
         q=q, k=k, v=v, window=total if window is None else min(window, total),
         limit=None if positions is None else positions.clamp(min=0), persistent=_cast(persistent, dtype),
+        document_multiple=document_multiple,
     )  # fmt: skip
     with without_autocast(q):
         y = choose("sliding_window_attention", WINDOW, backend, arguments).run(**arguments)
@@ -83,7 +108,7 @@ def segment_attention(
         memory_k, memory_v: [B, S, H, D]: what was retrieved for each of its tokens, or None.
         persistent: (k, v), each [P, H, D]: visible to every row.
         context: (k, v), each [B, N, H, D]: visible to every row of its sample.
-        backend: "auto", "sdpa" or "reference" (softmax written out, the oracle).
+        backend: one of sliding_window_attention's.
 
     Returns:
         y [B, Tq, H, D].

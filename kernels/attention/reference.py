@@ -5,8 +5,9 @@ from torch import Tensor
 
 
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int, limit: Tensor | None, persistent: tuple[Tensor, Tensor] | None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, window: int, limit: Tensor | None, persistent: tuple[Tensor, Tensor] | None,
+    document_multiple: int,
+) -> Tensor:  # fmt: skip
     """q [B, T, H, D]; k, v [B, S + T, H, D], whose first S are the tail; limit [B, T] or None: how far back, at most,
     each query sees; persistent: pair of [P, H, D] or None. Returns [B, T, H, D]. O(T * (S + T)) memory."""
     batch, tokens = q.shape[:2]

@@ -12,8 +12,9 @@ def block_size(window: int) -> int:
 
 
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int, limit: Tensor | None, persistent: tuple[Tensor, Tensor] | None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, window: int, limit: Tensor | None, persistent: tuple[Tensor, Tensor] | None,
+    document_multiple: int,
+) -> Tensor:  # fmt: skip
     """q [B, T, H, D]; k, v [B, S + T, H, D], whose first S are the tail; limit [B, T] or None: how far back, at most,
     each query sees; persistent: pair of [P, H, D] or None. Returns [B, T, H, D]. Memory linear in T and in window."""
     tokens, total = q.shape[1], k.shape[1]

@@ -46,11 +46,12 @@ def results(call, inputs, device, dtype, wait=True):
     return [y, *grads]
 
 
-def check(call, oracle, inputs, device, low):
-    """float64 equals the oracle; bfloat16 stays near it and does not wait for the device."""
-    expected = results(oracle, inputs, "cpu", torch.float64)
-    for i, (a, b) in enumerate(zip(results(call, inputs, device, torch.float64), expected, strict=True)):
-        assert_equal(a, b, name=f"float64, tensor {i}")
+def check(call, oracle, inputs, device, low, exact=True):
+    """float64 equals the oracle (exact: the backend has it); bfloat16 stays near it and does not wait for the device."""
+    if exact:
+        expected = results(oracle, inputs, "cpu", torch.float64)
+        for i, (a, b) in enumerate(zip(results(call, inputs, device, torch.float64), expected, strict=True)):
+            assert_equal(a, b, name=f"float64, tensor {i}")
     rounded = [x.bfloat16() for x in inputs]
     results(call, rounded, device, torch.bfloat16)  # what is made once is made here
     found = results(call, rounded, device, torch.bfloat16, wait=False)
@@ -90,20 +91,33 @@ def test_scan_in_training_dtypes(backend, device):
         assert_equal(d, wanted[n], 1e-2 if n in TOKENS[:3] else 2e-2, n)
 
 
+def serves_or_skips(backends, name, **arguments):
+    """Skips where a library is not on this machine or has no kernel for it. -> whether the backend serves float64 as well."""
+    (backend,) = (b for b in backends if b.name == name)
+    if reason := backend.refuses(**arguments):
+        pytest.skip(f"{name} cannot serve {reason}")
+    return backend.refuses(**arguments | {"q": arguments["q"].double()}) is None
+
+
+# As many tokens as make odd blocks; documents of 1, W - 1, W and W + 1 tokens, padding between and behind.
+LENGTHS = (100, 1, 63, -5, 64, 65, 1, 20, -14)
+PLACES = [p for n in LENGTHS for p in (range(n) if n > 0 else [-1] * -n)]
+
+
 @pytest.mark.parametrize("backend", fast(WINDOW))
-@pytest.mark.parametrize(
-    "window, documents, persistent", [(64, True, 3), (64, False, 0), (None, True, 3), (None, False, 0)]
-)
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("window, persistent", [(64, 3), (64, 0), (1, 3), (None, 3), (None, 0)])
 @pytest.mark.parametrize("size", [16, 64, 128])
 def test_window_attention(backend, window, documents, persistent, size, device):
-    row = (2, size)
-    inputs = randn(*[(2, 333, *row)] * 3, *[(2, 9, *row)] * 2, *[(3, *row)] * 2, dtype=torch.float64)
-    where = torch.arange(333).remainder(100).expand(2, -1)
+    row, tail = (2, size), min(9, (window or 10) - 1)
+    inputs = randn(*[(2, 333, *row)] * 3, *[(2, tail, *row)] * 2, *[(persistent, *row)] * 2, dtype=torch.float64)
+    inputs = [x for x in inputs if x.numel()]
+    where = torch.tensor([[*range(4, 104), *PLACES[100:]], PLACES])
 
     def attend(name):
-        def call(q, k, v, tk, tv, pk, pv):
+        def call(q, k, v, *pairs):
             y, _ = sliding_window_attention(
-                q, k, v, window=window, tail=(tk, tv), persistent=(pk, pv),
+                q, k, v, window=window, tail=pairs[:2] if tail else None, persistent=pairs[-2:] if persistent else None,
                 positions=places[q.device.type] if documents else None, backend=name,
             )  # fmt: skip
             return y
@@ -111,18 +125,79 @@ def test_window_attention(backend, window, documents, persistent, size, device):
         return call
 
     places = {"cpu": where, device: where.to(device)}
-    check(attend(backend), attend("reference"), inputs, device, 1e-2)
+    exact = serves_or_skips(
+        WINDOW,
+        backend,
+        q=inputs[0].to(device).bfloat16(),
+        limit=places[device] if documents else None,
+        document_multiple=1,
+    )
+    check(attend(backend), attend("reference"), inputs, device, 1e-2, exact)
+
+
+@pytest.mark.parametrize("backend", fast(WINDOW))
+@pytest.mark.parametrize("documents", [False, True])
+def test_window_attention_at_length(backend, documents, device):
+    """Blocks, windows and sequences in numbers as in training, against sdpa; documents on a grid of 64."""
+    batch, tokens, heads, size, window = 2, 4099, 4, 64, 1024
+    row = (heads, size)
+    inputs = randn(*[(batch, tokens, *row)] * 3, *[(batch, 200, *row)] * 2, *[(16, *row)] * 2, dtype=torch.bfloat16)
+    where = torch.tensor([*range(70, 70 + 960), *range(64), *range(61), *[-1] * 3, *range(tokens)])[:tokens]
+    where = where.expand(batch, -1).contiguous().to(device) if documents else None
+
+    def attend(name):
+        def call(q, k, v, tk, tv, pk, pv):
+            y, _ = sliding_window_attention(
+                q,
+                k,
+                v,
+                window=window,
+                tail=(tk, tv),
+                persistent=(pk, pv),
+                positions=where,
+                document_multiple=64,
+                backend=name,
+            )
+            return y
+
+        return call
+
+    serves_or_skips(WINDOW, backend, q=inputs[0].to(device), limit=where, document_multiple=64)
+    found = results(attend(backend), inputs, device, torch.bfloat16)
+    for i, (a, b) in enumerate(zip(found, results(attend("sdpa"), inputs, device, torch.float32), strict=True)):
+        assert_equal(a, b, 1e-2, f"tensor {i}")
+
+
+@pytest.mark.parametrize("backend", fast(WINDOW))
+def test_window_attention_is_the_same_twice(backend, device):
+    """Under torch.use_deterministic_algorithms, which the kernels' tests have on."""
+    row = (4, 64)
+    inputs = randn(*[(2, 1000, *row)] * 3, *[(8, *row)] * 2, dtype=torch.bfloat16)
+    serves_or_skips(WINDOW, backend, q=inputs[0].to(device), limit=None, document_multiple=1)
+
+    def call(q, k, v, pk, pv):
+        return sliding_window_attention(q, k, v, window=100, persistent=(pk, pv), backend=backend)[0]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, again = (results(call, inputs, device, torch.bfloat16) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("backend", fast(SEGMENT))
 def test_segment_attention(backend, device):
     row = (2, 64)
-    inputs = randn((2, 70, *row), *[(2, 100, *row)] * 4, *[(3, *row)] * 2, dtype=torch.float64)
+    inputs = randn((2, 70, *row), *[(2, 100, *row)] * 4, *[(3, *row)] * 2, *[(2, 5, *row)] * 2, dtype=torch.float64)
 
     def attend(name):
-        return lambda q, k, v, mk, mv, pk, pv: segment_attention(q, k, v, mk, mv, persistent=(pk, pv), backend=name)
+        return lambda q, k, v, mk, mv, pk, pv, ck, cv: segment_attention(
+            q, k, v, mk, mv, persistent=(pk, pv), context=(ck, cv), backend=name
+        )
 
-    check(attend(backend), attend("reference"), inputs, device, 1e-2)
+    exact = serves_or_skips(SEGMENT, backend, q=inputs[0].to(device).bfloat16())
+    check(attend(backend), attend("reference"), inputs, device, 1e-2, exact)
 
 
 @pytest.mark.parametrize("backend", fast(SHORT_CONV))

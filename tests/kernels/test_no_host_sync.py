@@ -6,7 +6,8 @@ from scan_cases import arguments, make, run, states
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from titans_pretrain.kernels.attention import segment_attention, sliding_window_attention
+from titans_pretrain.kernels.attention import flash, flex, segment_attention, sliding_window_attention
+from titans_pretrain.kernels.attention.libraries import LIBRARIES
 from titans_pretrain.kernels.cross_entropy import linear_cross_entropy
 from titans_pretrain.kernels.memory_scan import memory_read, memory_scan, memory_step, telescope
 from titans_pretrain.kernels.short_conv import causal_conv
@@ -86,6 +87,28 @@ def window(window, docs, persistent):
     ].sum()
 
 
+def documents_by_flash():
+    (library,) = (x for x in LIBRARIES if x.name == "aten")
+    q = randn(2, 150, 2, 16, dtype=torch.bfloat16)
+    k, v = (randn(2, 159, 2, 16, dtype=torch.bfloat16) for _ in range(2))
+    pair = tuple(randn(3, 2, 16, dtype=torch.bfloat16) for _ in range(2))
+    limit = positions()
+    return lambda: flash.window_attention(
+        q, k, v, window=32, limit=limit, persistent=pair, document_multiple=16, library=library
+    ).sum()
+
+
+def documents_by_flex():
+    limit, x = positions(), randn(1)
+
+    def call():
+        mask = flex.window_mask(2, 150, 159, 32, limit, torch.device("meta"))
+        assert mask.kv_indices.device.type == "meta"
+        return x.sum()
+
+    return call
+
+
 def segment():
     tensors = [randn(2, 40, 2, 16) for _ in range(5)]
     pair, context = (tuple(randn(*shape, 2, 16) for _ in range(2)) for shape in ((3,), (2, 5)))
@@ -111,6 +134,8 @@ CALLS = {
     "window": lambda: window(32, True, 3),
     "window, one block": lambda: window(1000, False, 0),
     "full": lambda: window(None, True, 0),
+    "documents by flash": documents_by_flash,
+    "documents by flex": documents_by_flex,
     "segment": segment,
     "conv": conv,
     "cross-entropy": loss,

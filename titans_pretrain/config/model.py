@@ -121,6 +121,10 @@ class MacConfig:
         at_least("model.mac.memory_tokens", self.memory_tokens, 0)
 
 
+# How an attention is computed: one of the backends of kernels/attention, or "auto". Speed only.
+AttentionBackend = Literal["auto", "flash_attn_2", "flash_attn_3", "flash_attn_4", "aten", "flex", "sdpa", "reference"]
+
+
 @dataclass(frozen=True)
 class LayerConfig:
     """One layer with every value resolved: all that its block sees. `ModelConfig.layer_configs` makes them."""
@@ -138,6 +142,7 @@ class LayerConfig:
     norm_eps: float
     init_std: float  # of the projections
     residual_std: float  # of those that write to the residual stream
+    attention_backend: str
     memory: MemoryConfig
     mac: MacConfig
 
@@ -179,7 +184,7 @@ LAYER_KEYS = (
     "memory",
     "mac",
 )
-SPEED_KEYS = ("memory.backend", "memory.checkpoint_every")  # how a layer computes, not what
+SPEED_KEYS = ("attention_backend", "memory.backend", "memory.checkpoint_every")  # how a layer computes, not what
 
 
 @dataclass
@@ -209,6 +214,9 @@ class ModelConfig:
     )
     norm_eps: float = setting(1e-6, "of the RMS norms")
     init_std: float | None = setting(None, "of the initial projections; null: sqrt(2 / (5 dim))")
+    attention_backend: AttentionBackend = setting(
+        "auto", "library that computes attention; auto takes the first that can, sdpa on a CPU. Speed only"
+    )
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     mac: MacConfig = field(default_factory=MacConfig)
 
@@ -280,7 +288,7 @@ class ModelConfig:
             own = {"variant": own}
         if not isinstance(own, dict):
             raise ValueError(f"{at} = {own!r}: must be the name of a variant, or a mapping with a layer's own keys")
-        _check_known(at, own, LAYER_KEYS)
+        _check_known(at, [key for key in own if key not in SPEED_KEYS], LAYER_KEYS)
         given = [key for key in own if key not in ("memory", "mac")]
         for name in ("memory", "mac"):
             if name not in own:

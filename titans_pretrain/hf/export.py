@@ -89,7 +89,8 @@ def export_model(
     # how fast it runs is for the machine that loads it to say
     memory = dataclasses.replace(model_config.memory, backend="auto", checkpoint_every=None)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.filler_id}
-    config = TitansConfig.from_model_config(dataclasses.replace(model_config, memory=memory), **ids)
+    model_config = dataclasses.replace(model_config, memory=memory, attention_backend="auto")
+    config = TitansConfig.from_model_config(model_config, **ids)
     config.auto_map = AUTO_MAP
     config.dtype = DTYPES[dtype]
     with torch.device("meta"):

@@ -17,7 +17,8 @@ class AttentionLayer(nn.Module):
     kv_heads: each is read by heads / kv_heads heads of queries (grouped-query attention, Ainslie et al. 2023); None: as many as
     heads. head_dim: None is dim / heads. qk_norm: RMSNorm of each head's queries and keys, before RoPE. window: tokens each query
     sees, itself included; None: all. rotary_dim: dimensions of a head that RoPE turns; None: half of them. init_std, out_std: of
-    the projections in and out; None: sqrt(2 / (5 dim)), and as in.
+    the projections in and out; None: sqrt(2 / (5 dim)), and as in. document_multiple: documents start this many tokens apart, or
+    more. backend: of the kernel, see sliding_window_attention.
 
     Raises ValueError where heads do not divide.
     """
@@ -35,6 +36,8 @@ class AttentionLayer(nn.Module):
         norm_eps: float = 1e-6,
         init_std: float | None = None,
         out_std: float | None = None,
+        document_multiple: int = 1,
+        backend: str = "auto",
     ):
         super().__init__()
         if head_dim is None and dim % heads:
@@ -45,6 +48,7 @@ class AttentionLayer(nn.Module):
         size = head_dim or dim // heads
         self.rotary_dim = size // 4 * 2 if rotary_dim is None else rotary_dim
         self.window = window
+        self.document_multiple, self.backend = document_multiple, backend
         std = init_std or small_init(dim)
         self.q_proj = Projection(dim, heads * size, std)
         self.k_proj = Projection(dim, self.kv_heads * size, std)
@@ -70,6 +74,7 @@ class AttentionLayer(nn.Module):
         y, kv = sliding_window_attention(
             self.queries(x, by), *self.spread(self.keys_values(x, by)), window=self.window, positions=positions,
             persistent=self.spread(self.positionless(persistent)), tail=self.spread(kv),
+            document_multiple=self.document_multiple, backend=self.backend,
         )  # fmt: skip
         return self.merge(y), self._gather(kv)
 

@@ -60,6 +60,7 @@ def build_attention(c: LayerConfig) -> AttentionLayer:
     return AttentionLayer(
         c.dim, c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, qk_norm=c.qk_norm, window=c.window,
         rotary_dim=c.rotary_dim, norm_eps=c.norm_eps, init_std=c.init_std, out_std=c.residual_std,
+        document_multiple=c.document_multiple, backend=c.attention_backend,
     )  # fmt: skip
 
 

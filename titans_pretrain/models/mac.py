@@ -69,7 +69,7 @@ class MacBlock(Block):
             )  # fmt: skip
             y = segment_attention(
                 queries[:, here], *spread(segment.kv), *(spread(segment.retrieved) or (None, None)),
-                persistent=persistent, context=spread(self._context(segment)),
+                persistent=persistent, context=spread(self._context(segment)), backend=self.attention.backend,
             )  # fmt: skip
             y = self.attention.merge(y)
             written = None if positions is None else positions[:, here].contiguous()

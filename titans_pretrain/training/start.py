@@ -9,7 +9,7 @@ from titans_pretrain.checkpoint.together import DamagedCheckpoint, rank
 from titans_pretrain.config import Config, changed_keys, load_config
 
 # These change how the model computes, not what: they may differ from the checkpoint's.
-_SPEED_ONLY = {"model.memory.backend", "model.memory.checkpoint_every"}
+_SPEED_ONLY = {"model.attention_backend", "model.memory.backend", "model.memory.checkpoint_every"}
 # These too where only the weights are taken: no tensor depends on them, and a longer row may want others.
 _REACH = {"model.window", "model.rope_theta"}
 _NOT_TOLD = ("run.", "train.resume", "train.init_from")

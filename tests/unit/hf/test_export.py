@@ -19,6 +19,7 @@ CONFIG = ModelConfig(
     vocab_size=259,
     window=8,
     memory=MemoryConfig(heads=2, backend="chunked", checkpoint_every=3),
+    attention_backend="sdpa",
 )
 
 
@@ -45,6 +46,7 @@ def test_weights_config_and_card(model, tokenizer, tmp_path):
     assert all(torch.equal(weights["model." + name], x) for name, x in model.state_dict().items())
     config = json.loads((out / "config.json").read_text())
     assert config["variant"] == "mag" and config["dtype"] == "float32" and config["eos_token_id"] == 256
+    assert config["attention_backend"] == "auto"
     assert config["memory"]["backend"] == "auto" and config["memory"]["checkpoint_every"] is None
     assert json.loads((out / "generation_config.json").read_text())["pad_token_id"] == 258
     card = (out / "README.md").read_text()
