@@ -21,8 +21,11 @@ from titans_pretrain.config import load_config
 from titans_pretrain.data.reader import Batch
 from titans_pretrain.kernels import backends
 from titans_pretrain.models import build_model
+from titans_pretrain.parallel import segments
 from titans_pretrain.parallel.apply import build_engine
 from titans_pretrain.parallel.mesh import Mesh
+from titans_pretrain.parallel.ring import LocalLink
+from titans_pretrain.parallel.stage import Stage
 from titans_pretrain.training.engine import SingleEngine
 from titans_pretrain.training.loggers import read_metrics
 from titans_pretrain.training.trainer import Trainer
@@ -124,6 +127,21 @@ def test_the_model_waits_for_no_device_and_makes_nothing_elsewhere(variant):
     batch = {name: x.to("meta") for name, x in next(Rows())._asdict().items()}
     with NoSync(), torch.autocast("cpu", enabled=False):
         model(**batch, num_items_in_batch=200).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("recompute", ["none", "block", "segment"])
+def test_segments_wait_for_no_device(recompute, monkeypatch):
+    config = config_of("mag")
+    with torch.device("meta"):
+        model = build_model(config.model)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)  # the meta device has no autocast
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
+    monkeypatch.setattr(segments._Pass, "_autocast", lambda self: contextlib.nullcontext())
+    stage = segments.SegmentedStage(Stage(model, range(2)), LocalLink(), 2, recompute)
+    rows = torch.empty(2, 128, dtype=torch.int64, device="meta")
+    with NoSync():
+        stage(rows, positions=rows, labels=rows).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
