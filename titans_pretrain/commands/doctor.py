@@ -110,8 +110,11 @@ def chosen_backends(device: str) -> dict[str, tuple[str, str]]:
 def _watching(module: ModuleType, chosen: dict[str, tuple[str, str]]):
     def choose(kernel: str, listed, wanted: str, arguments: dict):
         taken = backends.choose(kernel, listed, wanted, arguments)
-        before = listed[: listed.index(taken)]
-        chosen[kernel] = taken.name, "; ".join(f"not {b.name}: {b.refuses(**arguments)}" for b in before)
+        reasons = []
+        for b in listed[: listed.index(taken)]:
+            leaves = getattr(b, "leaves", backends.serves_all)  # what it could serve and "auto" does not give it
+            reasons.append(f"not {b.name}: {b.refuses(**arguments) or leaves(**arguments)}")
+        chosen[kernel] = taken.name, "; ".join(reasons)
         return taken
 
     return mock.patch.object(module, "choose", choose)
