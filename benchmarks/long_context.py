@@ -70,7 +70,7 @@ def measure(point: dict) -> dict | None:
         [torch.arange(r.start, r.stop) for r in context_columns(tokens, mesh.context.rank, p.cp, p.segments_per_rank)]
     )
     start = time.perf_counter()
-    loss = engine.forward_backward([Batch(row[:, columns], labels[:, columns], columns[None])], 256)
+    loss = float(engine.forward_backward([Batch(row[:, columns], labels[:, columns], columns[None])], 256))
     if world > 1:
         engine.reduce_gradients()
     gradient = dict(engine.model.named_parameters())["embed_tokens.weight"].grad[NEEDLE]

@@ -178,8 +178,8 @@ def count_collectives(mesh):
 
 def measure_zero(engine, mesh, batch, point: dict) -> dict:
     """Bytes of what stays on a rank between steps, by walking the optimizer."""
-    engine.forward_backward([batch], point["tokens"])
-    engine.update(1e-4)
+    loss = engine.forward_backward([batch], point["tokens"])
+    engine.update(1e-4, loss)
     parameters = list(engine.model.parameters())
     total = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
     held = sum(p.ds_tensor.nbytes if hasattr(p, "ds_tensor") else p.nbytes for p in parameters)

@@ -70,6 +70,11 @@ def values_at_hand(x: Tensor) -> bool:
     return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
-@cache
+@torch.compiler.assume_constant_result  # said while a compiler reads the call, and no part of what it makes of it
 def _log_choice(kernel: str, name: str, refused: str) -> None:
-    logger.info("%s: backend %s%s", kernel, name, f" ({refused})" if refused else "")
+    _log_once(f"{kernel}: backend {name}{f' ({refused})' if refused else ''}")
+
+
+@cache
+def _log_once(message: str) -> None:
+    logger.info(message)

@@ -20,7 +20,7 @@ _EXAMPLES = """examples:
   titans-pretrain generate runs/tiny --prompt "def main("          complete a text
   titans-pretrain export runs/tiny exported/                       a folder for Hugging Face transformers
 
-Exit codes: 0 done, 2 something is wrong with what was given (one line says what), 85 a signal stopped the training after
+Exit codes: 0 done, 1 doctor found a fault, 2 something is wrong with what was given (one line says what), 85 a signal stopped the training after
 a checkpoint was saved. TITANS_DEBUG=1 shows the whole traceback of an error."""
 
 
@@ -181,7 +181,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("verify", _verify, "compare checkpoints with the checksums in them", "runs/tiny")
     _add_run(sub)
 
-    command("doctor", _doctor, "check this machine: versions, devices, packages, the memory scan", "")
+    sub = command(
+        "doctor", _doctor, "check this machine: versions, devices, kernels, known faults, the memory scan", "", "--json"
+    )
+    sub.add_argument("--json", action="store_true", help="everything as one JSON object")
     return parser
 
 
@@ -293,4 +296,4 @@ def _verify(args) -> None:
 def _doctor(args) -> int:
     from titans_pretrain.commands.doctor import doctor
 
-    return doctor()
+    return doctor(args.json)

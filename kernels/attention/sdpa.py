@@ -24,7 +24,12 @@ def window_attention(
     if tokens <= block_size(window):
         (block,) = _Blocks(q, k, window, limit, pk)
         return _attend(q, k[:, block.keys], v[:, block.keys], pk, pv, block.mask())
-    return _BlockedAttention.apply(q, k, v, pk, pv, limit, window)
+    return _by_blocks(q, k, v, pk, pv, limit, window)
+
+
+@torch.compiler.disable  # a loop over the blocks of the sequence, which a compiler would unroll
+def _by_blocks(*arguments) -> Tensor:
+    return _BlockedAttention.apply(*arguments)
 
 
 def segment_attention(

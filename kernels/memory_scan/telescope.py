@@ -77,7 +77,8 @@ def _telescope_chunks(lr: Tensor, k: Tensor, size: int, coefficient: float, powe
 
 
 class _Telescope(torch.autograd.Function):
-    """Keeps its inputs only, and multiplies again in the backward pass: autograd alone would keep five tables of size x size a chunk."""
+    """Keeps its inputs only, and multiplies again in the backward pass: autograd alone would keep five tables of size x size a chunk.
+    By hand, with s the shrink of a pair t, j and o = lr_t exp(sum_j log(1 - s)):  d_s = -d_o o / (1 - s) where s is not clamped."""
 
     @staticmethod
     def forward(ctx, lr, k, *options):
@@ -88,18 +89,43 @@ class _Telescope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
-        lr, k = (x.detach().requires_grad_() for x in ctx.saved_tensors)
-        with torch.enable_grad(), without_autocast(d):
-            out = _telescoped(lr, k, *ctx.options)
-        return (*torch.autograd.grad(out, (lr, k), d), None, None, None)
+        lr, k = ctx.saved_tensors
+        size, coefficient, power = ctx.options
+        with without_autocast(d):
+            steps, keys, products, overlap = _pairs(lr, k, size, coefficient, power)
+            raw = steps.unsqueeze(-2) * overlap
+            shrink = _shrink(raw)
+            scale = _scale(shrink)
+            d = d.unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2)  # [B, n, H, gates, t]
+            d_shrink = (d * steps * scale).neg().unsqueeze(-1) / (1 - shrink)
+            d_raw = d_shrink.masked_fill(raw > MAX_SHRINK, 0).tril(-1)
+            d_steps = d * scale + (d_raw * overlap).sum(-2)
+            d_products = (d_raw * steps.unsqueeze(-2)).sum(3) * coefficient
+            d_products = d_products * (products.sign() if power == 1 else 2 * products)
+            d_keys = (d_products + d_products.mT) @ keys
+        d_lr = d_steps.permute(0, 1, 4, 2, 3).flatten(1, 2)
+        return d_lr, d_keys.transpose(2, 3).flatten(1, 2).to(k.dtype), None, None, None
 
 
 def _telescoped(lr: Tensor, k: Tensor, size: int, coefficient: float, power: int) -> Tensor:
-    steps = lr.unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2)  # [B, n, H, gates, size]
-    keys = k.unflatten(1, (-1, size)).transpose(2, 3).to(lr.dtype)  # [B, n, H, size, D]
-    overlap = keys @ keys.mT
-    overlap = coefficient * (overlap.abs() if power == 1 else overlap.square()).unsqueeze(3)  # [B, n, H, 1, t, j]
-    earlier = torch.ones(size, size, dtype=torch.bool, device=lr.device).tril(-1)
-    shrink = (steps.unsqueeze(-2) * overlap).clamp(max=MAX_SHRINK).masked_fill(~earlier, 0)
-    scale = torch.log1p(-shrink).sum(-1).exp()  # bounded away from log(0) by MAX_SHRINK
+    steps, _, _, overlap = _pairs(lr, k, size, coefficient, power)
+    scale = _scale(_shrink(steps.unsqueeze(-2) * overlap))
     return (steps * scale).permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+
+def _pairs(lr: Tensor, k: Tensor, size: int, coefficient: float, power: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Steps [B, n, H, gates, size], keys [B, n, H, size, D], k_t.k_j [B, n, H, t, j], and g |k_t.k_j|^p [B, n, H, 1, t, j]."""
+    steps = lr.unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2)
+    keys = k.unflatten(1, (-1, size)).transpose(2, 3).to(lr.dtype)
+    products = keys @ keys.mT
+    overlap = coefficient * (products.abs() if power == 1 else products.square()).unsqueeze(3)
+    return steps, keys, products, overlap
+
+
+def _shrink(raw: Tensor) -> Tensor:
+    """By the tokens before."""
+    return raw.clamp(max=MAX_SHRINK).tril(-1)
+
+
+def _scale(shrink: Tensor) -> Tensor:
+    return torch.log1p(-shrink).sum(-1).exp()  # bounded away from log(0) by MAX_SHRINK

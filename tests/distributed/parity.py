@@ -115,16 +115,17 @@ def _train(engine, config, mesh) -> dict:
         rate = config.train.lr * (1 - step / 10)  # not what the optimizer was made with
         batches = micro_batches(config, step, *_place(mesh))
         targets = engine.count(batches)
-        found["losses"].append(engine.forward_backward(batches, targets))
+        loss = engine.forward_backward(batches, targets)
+        found["losses"].append(float(loss))
         if mesh is None:
             if step == 0:
                 found["gradients"] = {n: p.grad.clone() for n, p in engine.model.named_parameters()}
-            found["norms"].append(engine.update(rate))
+            found["norms"].append(float(engine.update(rate, loss)))
         else:
             engine.reduce_gradients()
             if step == 0:
                 found["gradients"] = full_tensors(engine, mesh, _gradient)
-            found["norms"].append(engine.step(rate))
+            found["norms"].append(float(engine.step(rate, loss)))
     found["weights"] = (
         {n: p.detach().clone() for n, p in engine.model.named_parameters()}
         if mesh is None
@@ -256,8 +257,8 @@ def _place(mesh) -> tuple:
 def _step(engine, config, step: int, mesh) -> float:
     batches = micro_batches(config, step, *_place(mesh))
     loss = engine.forward_backward(batches, engine.count(batches))
-    engine.update(config.train.lr)
-    return loss
+    engine.update(config.train.lr, loss)
+    return float(loss)
 
 
 def _save(engine, config, step: int, run_dir) -> None:

@@ -21,8 +21,8 @@ def measure(values: dict) -> dict:
         engine = build_engine(config, model, mesh)
         place = mesh.data.rank, mesh.data.size, mesh.context.rank, mesh.context.size
         batches = micro_batches(config, 0, *place)
-        engine.forward_backward(batches, engine.count(batches))
-        engine.update(1e-3)
+        loss = engine.forward_backward(batches, engine.count(batches))
+        engine.update(1e-3, loss)
         parameters = list(engine.model.parameters())
         inner = engine.zero.optimizer.optimizer if engine.zero else engine.optimizer
         moments = [t for state in inner.state.values() for t in state.values() if t.dim()]

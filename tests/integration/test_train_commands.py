@@ -276,9 +276,9 @@ def test_doctor_finds_this_machine_fit(capsys):
     for package in ("deepspeed", "megatron-core"):
         installed = importlib.util.find_spec(package.partition("-")[0])
         version = importlib.metadata.version(package) if installed else "not installed"
-        assert f"{package:<14}{version} (distributed training)\n" in out
-    assert "memory scan   ok" in out
-    assert f"torch         {torch.__version__}" in out
+        assert f"{package:<30}{version} (distributed training)\n" in out
+    assert f"{'memory scan':<30}ok" in out
+    assert f"{'torch':<30}{torch.__version__}" in out
 
 
 def test_doctor_reports_a_scan_that_differs(capsys, monkeypatch):
@@ -292,7 +292,7 @@ def test_doctor_reports_a_scan_that_differs(capsys, monkeypatch):
 
     monkeypatch.setattr(doctor, "memory_scan", off)
     assert cli.main(["doctor"]) == 1
-    assert "memory scan   FAILED: differs from its reference" in capsys.readouterr().out
+    assert f"{'memory scan':<30}FAILED: differs from its reference" in capsys.readouterr().out
 
 
 def test_help_lists_the_commands_and_loads_nothing_heavy(capsys):

@@ -89,3 +89,21 @@ def test_gradients_by_finite_differences(power):
     k = torch.nn.functional.normalize(torch.randn(1, 5, 1, 3, generator=g, dtype=torch.float64), dim=-1)
     inputs = [x.requires_grad_() for x in (lr, momentum, k)]
     assert torch.autograd.gradcheck(lambda *x: telescope(*x, chunk_size=3, power=power)[0], inputs)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("gates", [1, 3])
+def test_the_adjoint_equals_automatic_differentiation(gates, power):
+    """Of the same formula, with pairs that are clamped, and keys that are equal or at right angles."""
+    from titans_pretrain.kernels.memory_scan.telescope import _telescoped
+
+    lr, _, k = inputs(12, gates)
+    k[:, 5], k[:, 6] = k[:, 4], torch.eye(5, dtype=torch.float64)[0]
+    k[:, 7] = torch.eye(5, dtype=torch.float64)[1]
+    lr = (3 * lr).requires_grad_()
+    k.requires_grad_()
+    weights = torch.randn(lr.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = torch.autograd.grad((_telescoped(lr, k, 4, 1.2, power) * weights).sum(), (lr, k))
+    out, _ = telescope(lr, torch.zeros_like(lr), k, chunk_size=4, coefficient=1.2, power=power)
+    for found, wanted in zip(torch.autograd.grad((out * weights).sum(), (lr, k)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)

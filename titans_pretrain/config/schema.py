@@ -58,6 +58,7 @@ class TrainConfig:
         "none",
         "what the backward pass runs again: each block from its input, or each segment from the states that entered it",
     )
+    compile: bool = setting(False, "torch.compile of every block; the first step takes longer")
     truncate_state_gradient_every: int | None = setting(
         None, "tokens; no gradient passes through the state across these boundaries of segments; null: exact"
     )
@@ -66,7 +67,9 @@ class TrainConfig:
     eval_batches: int = setting(16, "micro-batches in one validation, always the same ones")
     checkpoint_every: int = setting(200, "steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = setting(3, "newest ones kept; 0: all")
-    log_every: int = setting(10, "steps between printed lines; metrics.jsonl has every step")
+    log_every: int = setting(
+        10, "steps between printed lines, and on a GPU between looks at the loss; metrics.jsonl has every step"
+    )
     on_nan: Literal["stop"] = setting("stop", "what a loss that is not finite does")
     resume: str = setting(
         "auto", "auto: the run's own newest checkpoint; never; or a folder of another run to start from"

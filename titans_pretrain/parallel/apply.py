@@ -17,6 +17,7 @@ from titans_pretrain.parallel.segments import SegmentedStage
 from titans_pretrain.parallel.stage import Stage, keep_parts, replace_parts, stage_parts
 from titans_pretrain.parallel.tensor import shard_outputs, shard_part
 from titans_pretrain.parallel.zero import partition_part, zero_engine
+from titans_pretrain.training.compile import compile_blocks
 from titans_pretrain.training.engine import Engine, SingleEngine
 from titans_pretrain.training.optimizer import build_optimizer
 
@@ -32,6 +33,8 @@ def build_engine(config: Config, model: TitansForCausalLM, mesh: Mesh, *, initia
         return parallelize(model, config, mesh, seed)
     replace_parts(model, lambda name, part: with_values(part, name, seed, mesh.device))
     model.set_recompute(config.train.recompute)
+    if config.train.compile:
+        compile_blocks(model, mesh.device)
     return SingleEngine(config, model, mesh.device)
 
 
@@ -85,7 +88,11 @@ def parallelize(model: TitansForCausalLM, config: Config, mesh: Mesh, seed: int 
     if mesh.tensor.size > 1:
         shard_outputs(model)
 
-    # 3. The sequence in segments, over context-parallel ranks or one after the other; what the backward pass recomputes.
+    # 3. The compiler, over blocks as they are now.
+    if train.compile:
+        compile_blocks(model, mesh.device)
+
+    # 4. The sequence in segments, over context-parallel ranks or one after the other; what the backward pass recomputes.
     modules: list[nn.Module] = list(stages)
     if needs_segments(config):
         every = train.truncate_state_gradient_every
@@ -95,13 +102,13 @@ def parallelize(model: TitansForCausalLM, config: Config, mesh: Mesh, seed: int 
     else:
         model.set_recompute(train.recompute)
 
-    # 4. The schedule that drives the stages.
+    # 5. The schedule that drives the stages.
     micro_batches = train.global_batch // (train.micro_batch * mesh.data.size)
     pipeline = None
     if mesh.pipeline.size > 1:
         pipeline = Pipeline(config, mesh, modules, micro_batches, next(model.parameters()).dtype)
 
-    # 5. The optimizer, and ZeRO around it.
+    # 6. The optimizer, and ZeRO around it.
     optimizer = build_optimizer(model, train)
     zero = None
     if p.zero_stage:

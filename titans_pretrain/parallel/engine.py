@@ -14,6 +14,7 @@ from titans_pretrain.parallel.gradients import all_reduce_in_buckets, clip_by_gl
 from titans_pretrain.parallel.mesh import Mesh
 from titans_pretrain.parallel.pipeline import Pipeline
 from titans_pretrain.training.engine import compute_dtype, count_targets, on_device
+from titans_pretrain.training.finite import FiniteGuard
 from titans_pretrain.training.optimizer import set_learning_rate
 
 
@@ -35,6 +36,7 @@ class ParallelEngine:
         self.config, self.mesh, self.model, self.modules, self.pipeline = config, mesh, model, modules, pipeline
         self._torch_optimizer, self.zero = optimizer, zero
         self.optimizer = zero or optimizer
+        self._guard = None if zero or optimizer is None else FiniteGuard(optimizer, mesh.device)
         self.is_main, self.tensor_group, self.data_group = mesh.rank == 0, mesh.tensor.group, mesh.data_context.group
         self.micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.data.size)
         p = config.parallel
@@ -45,9 +47,9 @@ class ParallelEngine:
 
     def count(self, batches: Sequence) -> int:
         own = sum(count_targets(batch) for batch in batches)
-        return int(self._sum(own, self.mesh.data_context.group, torch.int64))
+        return self._agree(own) // self.mesh.model.size  # the ranks of a model read the same batches
 
-    def forward_backward(self, batches: Sequence, targets: int) -> float:
+    def forward_backward(self, batches: Sequence, targets: int) -> Tensor:
         scale = self.averaged / targets
         with compute_dtype(self.mesh.device, self.autocast):
             if self.pipeline is not None:
@@ -84,9 +86,9 @@ class ParallelEngine:
         module = self.zero if self.stepwise else self.modules[0]
         return module(batch["tokens"], positions=batch["positions"], labels=batch["labels"])
 
-    def update(self, rate: float) -> float:
+    def update(self, rate: float, loss: Tensor) -> Tensor:
         self.reduce_gradients()
-        return self.step(rate)
+        return self.step(rate, loss)
 
     def reduce_gradients(self) -> None:
         """Sums gradients over data and context ranks, and those of a tied embedding over its two stages."""
@@ -103,16 +105,18 @@ class ParallelEngine:
                     gradients.append(p.grad)
             all_reduce_in_buckets(gradients, self.mesh.data_context.group)
 
-    def step(self, rate: float) -> float:
+    def step(self, rate: float, loss: Tensor) -> Tensor:
         """Clips and updates, after reduce_gradients. Returns the norm before clipping."""
         set_learning_rate(self._torch_optimizer, rate)
-        if self.zero is not None:
+        if self.zero is not None:  # DeepSpeed looks at the norm itself, in every step
+            if not loss.isfinite():
+                return torch.full_like(loss, torch.nan)
             self.zero.step()
-            return float(self.zero.get_global_grad_norm())
+            return torch.as_tensor(self.zero.get_global_grad_norm(), device=self.mesh.device)
         largest = self.config.train.grad_clip or math.inf
         norm = clip_by_global_norm(self.model.named_parameters(), self.mesh, largest, self.config.model.tie_embeddings)
-        if math.isfinite(norm):
-            self._torch_optimizer.step()
+        self._guard.watch(loss, norm)
+        self._torch_optimizer.step()
         self._torch_optimizer.zero_grad()
         return norm
 
@@ -123,20 +127,26 @@ class ParallelEngine:
                 total = self.pipeline.evaluate(inputs)
             else:
                 total = sum(self._call(x).sum() for x in inputs)
-        return self._sum(total if self._reports else 0.0)
+        return float(self._sum(total if self._reports else 0.0))
 
     def any(self, flag: bool) -> bool:
-        return self._sum(float(flag)) > 0
+        return self._agree(int(flag)) > 0
 
     @property
     def _reports(self) -> bool:
         """Whether this rank's loss counts: it is at the last stage, and the first of its tensor-parallel group."""
         return self.mesh.tensor.rank == 0 and self.mesh.pipeline.rank == self.mesh.pipeline.size - 1
 
-    def _sum(self, value, group=None, dtype: torch.dtype = torch.float64) -> float:
-        """Over the group; None: all ranks."""
-        total = torch.as_tensor(value, device=self.mesh.device).to(dtype)
-        if self.mesh.world == 1:
-            return total.item()
-        dist.all_reduce(total, group=group)
-        return total.item()
+    def _sum(self, value: Tensor | float) -> Tensor:
+        """Over all ranks, in float64, on the device."""
+        total = torch.as_tensor(value, device=self.mesh.device).to(torch.float64)
+        if self.mesh.world > 1:
+            dist.all_reduce(total)
+        return total
+
+    def _agree(self, value: int) -> int:
+        """The sum over all ranks of what their hosts know."""
+        total = torch.tensor(value)
+        if self.mesh.world > 1:
+            dist.all_reduce(total, group=self.mesh.hosts)
+        return int(total)

@@ -54,15 +54,16 @@ def is_counted(name: str, p: Tensor, mesh: Mesh, tied: bool) -> bool:
     return not (tied and name == "embed_tokens.weight" and mesh.pipeline.rank == mesh.pipeline.size - 1 > 0)
 
 
-def clip_by_global_norm(parameters: Iterable[tuple[str, Tensor]], mesh: Mesh, largest: float, tied: bool) -> float:
-    """Scales gradients so that the norm over the whole model is at most `largest`; returns the norm before."""
+def clip_by_global_norm(parameters: Iterable[tuple[str, Tensor]], mesh: Mesh, largest: float, tied: bool) -> Tensor:
+    """Scales gradients so that the norm over the whole model is at most `largest`; returns the norm before, on the device."""
     parameters = [(n, p) for n, p in parameters if p.grad is not None]
     squares = [p.grad.square().sum(dtype=torch.float64) for n, p in parameters if is_counted(n, p, mesh, tied)]
     total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=mesh.device)
     if mesh.model.size > 1:
         dist.all_reduce(total, group=mesh.model.group)
-    norm = float(total.sqrt())
-    if norm > largest and math.isfinite(norm):
+    norm = total.sqrt()
+    if largest < math.inf:
+        scale = (largest / (norm + 1e-6)).clamp(max=1.0)
         for _, p in parameters:
-            p.grad.mul_(largest / (norm + 1e-6))
+            p.grad.mul_(scale.to(p.grad.dtype))
     return norm

@@ -38,6 +38,9 @@ class Mesh:
     data_context: Axis = Axis()  # DP x CP: what gradients are summed over and ZeRO partitions over
     model: Axis = Axis()  # TP x PP: what one copy of the model is spread over
     timeout: timedelta | None = None  # of a transfer
+    hosts: dist.ProcessGroup | None = (
+        None  # all ranks, for what hosts tell each other while devices work; None: the default group
+    )
 
 
 def build_mesh(config: Config, device: torch.device) -> Mesh:
@@ -52,6 +55,8 @@ def build_mesh(config: Config, device: torch.device) -> Mesh:
     if not dist.is_initialized():
         start_processes(device, config.parallel.timeout_minutes)
     p = config.parallel
+    timeout = timedelta(minutes=p.timeout_minutes)
+    hosts = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" and world > 1 else None
     ps.initialize_model_parallel(
         p.tp,
         p.pp,
@@ -69,7 +74,8 @@ def build_mesh(config: Config, device: torch.device) -> Mesh:
         pipeline=_axis(ps.get_pipeline_model_parallel_group()),
         data_context=_axis(ps.get_data_parallel_group(with_context_parallel=True)),
         model=_axis(ps.get_model_parallel_group()),
-        timeout=timedelta(minutes=p.timeout_minutes),
+        timeout=timeout,
+        hosts=hosts,
     )
 
 

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from titans_pretrain.config import Config
 from titans_pretrain.models.inputs import check_values
+from titans_pretrain.training.finite import FiniteGuard
 from titans_pretrain.training.optimizer import build_optimizer, set_learning_rate
 
 
@@ -25,12 +26,12 @@ class Engine(Protocol):
     def count(self, batches: Sequence) -> int:
         """Targets of these batches, over all processes."""
 
-    def forward_backward(self, batches: Sequence, targets: int) -> float:
-        """Adds the gradients of sum(losses) / targets; returns that loss, over all processes."""
+    def forward_backward(self, batches: Sequence, targets: int) -> Tensor:
+        """Adds the gradients of sum(losses) / targets; returns that loss, over all processes: a scalar on the device."""
 
-    def update(self, rate: float) -> float:
-        """One optimizer step with clipping, at this learning rate. Returns the gradients' norm before clipping; where it is not
-        finite nothing may be relied on any more."""
+    def update(self, rate: float, loss: Tensor) -> Tensor:
+        """One optimizer step with clipping, at this learning rate. Returns the gradients' norm before clipping, likewise. Once it or
+        the loss is not finite, the weights stay as they are: nobody has to look before the next step."""
 
     def evaluate(self, batches: Sequence) -> float:
         """Sum of the losses of these batches' targets, over all processes, without gradients."""
@@ -48,33 +49,33 @@ class SingleEngine:
         self.config, self.model, self.device = config, model, device
         self.micro_batches = config.train.accumulation
         self.optimizer = build_optimizer(model, config.train)
+        self._guard = FiniteGuard(self.optimizer, device)
 
     def count(self, batches: Sequence) -> int:
         return sum(count_targets(batch) for batch in batches)
 
-    def forward_backward(self, batches: Sequence, targets: int) -> float:
-        total = 0.0
+    def forward_backward(self, batches: Sequence, targets: int) -> Tensor:
+        total = torch.zeros((), device=self.device)
         for batch in batches:
             with compute_dtype(self.device, self.config.train.precision):
                 loss = self.model(**on_device(batch, self.config, self.device), num_items_in_batch=targets).loss
             loss.backward()
-            total += loss.detach()
-        return float(total)
+            total = total + loss.detach()
+        return total
 
-    def update(self, rate: float) -> float:
+    def update(self, rate: float, loss: Tensor) -> Tensor:
         largest = self.config.train.grad_clip or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), largest))
-        if math.isfinite(norm):
-            set_learning_rate(self.optimizer, rate)
-            self.optimizer.step()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+        self._guard.watch(loss, norm)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
     def evaluate(self, batches: Sequence) -> float:
         with torch.no_grad(), compute_dtype(self.device, self.config.train.precision):
-            return sum(
-                float(self.model(**on_device(b, self.config, self.device), num_items_in_batch=1).loss) for b in batches
-            )
+            losses = [self.model(**on_device(b, self.config, self.device), num_items_in_batch=1).loss for b in batches]
+        return float(torch.stack(losses).double().sum())
 
     def any(self, flag: bool) -> bool:
         return flag

@@ -12,7 +12,7 @@ class Progress:
 
     def __init__(self, steps: int, done: int, log_every: int):
         self._steps, self._log_every = steps, log_every
-        self._times: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=21)  # (clock, tokens so far)
+        self._times = deque([(time.monotonic(), 0, done)], maxlen=21)  # (clock, tokens so far, step)
         self._bar, self._redirected = None, contextlib.ExitStack()
         if _is_terminal():
             from tqdm import tqdm
@@ -22,15 +22,16 @@ class Progress:
             self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
 
     def update(self, step: int, tokens: int, values: dict) -> None:
-        """After a step: `tokens` in it, `values` as logged."""
-        self._times.append((time.monotonic(), self._times[-1][1] + tokens))
-        (start, before), (now, after) = self._times[0], self._times[-1]
-        rate = (after - before) / max(1e-9, now - start)
+        """After a step, or after several: `tokens` in them, `values` of the last as logged."""
+        before = self._times[-1]
+        self._times.append((time.monotonic(), before[1] + tokens, step))
+        (start, tokens_then, step_then), (now, tokens_now, _) = self._times[0], self._times[-1]
+        rate = (tokens_now - tokens_then) / max(1e-9, now - start)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
-            self._bar.update()
+            self._bar.update(step - before[2])
         elif step % self._log_every == 0 or step == self._steps:
-            left = (self._steps - step) * (now - start) / (len(self._times) - 1)
+            left = (self._steps - step) * (now - start) / (step - step_then)
             self.note(
                 f"step {step}/{self._steps}  loss {values['loss']:.4f}  {rate:,.0f} tokens/s  lr {values['lr']:.2e}  "
                 f"grad norm {values['grad_norm']:.3f}  left {format_seconds(left)}"

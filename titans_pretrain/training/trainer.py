@@ -49,6 +49,11 @@ class Trainer:
         self.validated = 0  # the last step that was validated
         self.cursor = reader.state_dict()  # of the data after them
         self.saved: Path | None = None  # the newest checkpoint
+        # Steps between looks at the loss. On a CPU it is at hand, and DeepSpeed waits for the device in every step anyway.
+        self.read_every = 1 if device.type == "cpu" or config.parallel.zero_stage else config.train.log_every
+        self._unread: list[dict] = []  # lines whose loss and gradient norm are still on the device
+        self._unreported: list[dict] = []  # those that nobody has logged since they were read
+        self._since, self._tokens_then = 0.0, 0  # when the first unread step began, and `tokens` then
 
     def resume(self, checkpoint: Path, data: bool = True) -> None:
         """Goes on from a checkpoint of this model, whose files have been checked. data: where it stopped reading; else this data
@@ -82,53 +87,86 @@ class Trainer:
         """Trains up to `train.steps` or a stop request, then saves; whether all is done. Raises ValueError on a loss that
         is not finite."""
         train = self.config.train
-        while not self.engine.any(stop.received is not None):
-            if self._validation_is_due():
-                self._validate(loggers, progress, stop)
-                continue  # and not further if a stop request cut it short
-            if _due(self.step, train.checkpoint_every):
-                self.save(run_dir, loggers)
-            if self.step >= train.steps:
-                break
-            before = self.tokens
-            values = self.train_step()
-            if values is None:
-                continue  # a stop request came before the rows did
-            if progress is not None:
-                progress.update(self.step, self.tokens - before, values)
-            _log(loggers, values)
+        try:
+            while not self.engine.any(stop.received is not None):
+                if self._validation_is_due():
+                    self._report(loggers, progress)
+                    self._validate(loggers, progress, stop)
+                    continue  # and not further if a stop request cut it short
+                if _due(self.step, train.checkpoint_every):
+                    self._report(loggers, progress)
+                    self.save(run_dir, loggers)
+                if self.step >= train.steps:
+                    break
+                if self.train_step() is None:
+                    continue  # a stop request came before the rows did
+                if _due(self.step, self.read_every):
+                    self._report(loggers, progress)
+        except Exception:
+            self._report(loggers, progress)
+            raise
+        self._report(loggers, progress)
         self.save(run_dir, loggers)
         return self.step >= train.steps and not self._validation_is_due()
 
     def train_step(self) -> dict | None:
-        """One optimizer step over `global_batch` rows. Returns the numbers to log; None, with nothing done, where a stop request
-        came while some process waited for its rows."""
-        train, start = self.config.train, time.perf_counter()
+        """One optimizer step over `global_batch` rows. Returns the numbers to log, with the loss and the gradient norm as tensors on
+        the device until `read`; None, with nothing done, where a stop request came while some process waited for its rows."""
+        if not self._unread:
+            self._since, self._tokens_then = time.perf_counter(), self.tokens
         drawn = self._draw()
         if drawn is None:
             return None
         batches, targets, waited = drawn
+        rate = learning_rate(self.step + 1, self.config.train)
         loss = self.engine.forward_backward(batches, targets)
-        if not math.isfinite(loss):
-            raise ValueError(self._not_finite(loss, math.nan))
-        rate = learning_rate(self.step + 1, train)
-        grad_norm = self.engine.update(rate)
-        if not math.isfinite(grad_norm):
-            raise ValueError(self._not_finite(loss, grad_norm))
+        grad_norm = self.engine.update(rate, loss)
         self.step += 1
         self.tokens += targets
         self.cursor = self.reader.state_dict()
-        return {
+        values = {
             "step": self.step,
             "loss": loss,
             "tokens": self.tokens,
-            "tokens_per_second": round(targets / (time.perf_counter() - start), 1),
+            "tokens_per_second": None,
             "lr": rate,
             "grad_norm": grad_norm,
             "data_wait": round(waited, 4),
             "peak_memory_mib": round(peak_memory_mib(self.device), 1),
-            **(self.gauge.read(time.perf_counter() - start, self.tokens) if self.gauge else {}),
         }
+        self._unread.append(values)
+        if self.read_every == 1:
+            self.read()
+        return values
+
+    def read(self) -> None:
+        """Fetches the numbers of the steps since the last call, in one transfer. Their speed is that of all of them together.
+
+        Raises ValueError for the first step whose loss or gradient norm is not finite; the weights are those of the step before."""
+        if not self._unread:
+            return
+        lines, self._unread = self._unread, []
+        numbers = torch.stack([line[name].double() for line in lines for name in ("loss", "grad_norm")]).tolist()
+        seconds = time.perf_counter() - self._since
+        speed = round((self.tokens - self._tokens_then) / seconds, 1)
+        for line, loss, grad_norm in zip(lines, numbers[::2], numbers[1::2], strict=True):
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise ValueError(self._not_finite(line["step"], loss, grad_norm))
+            line |= {"loss": loss, "grad_norm": grad_norm, "tokens_per_second": speed}
+            if self.gauge:
+                line |= self.gauge.read(seconds / len(lines), line["tokens"])
+            self._unreported.append(line)
+
+    def _report(self, loggers: Sequence[Logger], progress: Progress | None) -> None:
+        """Logs the steps since the last report; those before one that is not finite, too."""
+        try:
+            self.read()
+        finally:
+            lines, self._unreported = self._unreported, []
+            for line in lines:
+                _log(loggers, line)
+            if lines and progress is not None:
+                progress.update(lines[-1]["step"], self.tokens - self._tokens_then, lines[-1])
 
     def _draw(self) -> tuple[list, int, float] | None:
         """Batches of one step, their targets, and seconds spent waiting for them; None if a process stops.
@@ -164,7 +202,9 @@ class Trainer:
                 progress.note(f"step {self.step}: validation loss {found['validation_loss']:.4f}")
 
     def save(self, run_dir: Path, loggers: Sequence[Logger] = ()) -> None:
-        """Writes a checkpoint of this step, unless there is one."""
+        """Writes a checkpoint of this step, unless there is one. Raises ValueError as `read` does: none is of a step that is not
+        finite."""
+        self.read()
         if self.step == 0 or (self.saved and self.saved.name == checkpoint_name(self.step)):
             return
         for logger in loggers:
@@ -177,11 +217,11 @@ class Trainer:
         engine = self.engine
         self.saved = save_checkpoint(run_dir, self.config, engine.model, engine.optimizer, numbers, engine.tensor_group)
 
-    def _not_finite(self, loss: float, grad_norm: float) -> str:
+    def _not_finite(self, step: int, loss: float, grad_norm: float) -> str:
         train = self.config.train
         kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint was written yet"
         return (
-            f"step {self.step + 1}: the loss is {loss}, the gradient norm {grad_norm}; stopped before the update, {kept}. "
+            f"step {step}: the loss is {loss}, the gradient norm {grad_norm}; stopped before the update, {kept}. "
             f"Try a lower train.lr (now {train.lr:g}), more train.warmup_steps (now {train.warmup_steps}), "
             f"a lower model.memory.max_lr (now {self.config.model.memory.largest_lr:g}) or train.precision=fp32"
         )

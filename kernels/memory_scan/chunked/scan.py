@@ -27,6 +27,7 @@ TORCH = TileFunctions(
 )  # fmt: skip
 
 
+@torch.compiler.disable  # a loop over the spans of the sequence, which a compiler would unroll
 def scan(
     q: Tensor, k: Tensor, v: Tensor, forget: Tensor, momentum: Tensor, lr: Tensor, state: MemoryState, *, options: ScanOptions,
     reset: Tensor | None, initial_state: MemoryState | None, checkpoint_every: int | None, hidden_split: HiddenSplit,
