@@ -1,0 +1,133 @@
+"""What the kernels share: where a tile lies, products, and the pieces of the memory network.
+
+Names: BT tokens of a tile, D head size, n = b * H + h a head of the batch. All arithmetic but the products is in float32.
+
+A tile covers the positions [start, start + BT) of the call, of which those outside [0, T) do not exist: the first tile of a call
+that goes on in a half-read chunk may start before 0. Rows that do not exist hold zeros.
+"""
+
+import triton
+import triton.language as tl
+
+LN_EPS = tl.constexpr(1e-6)
+SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a @ b + acc in float32. Operands in float32 keep its precision on tensor cores."""
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def tile_start(tile, offset, BT: tl.constexpr):
+    """Position in the call of a tile's first row. Tiles count from the start of the call's first chunk, `offset` tokens before 0."""
+    return tile * BT - offset
+
+
+@triton.jit
+def opens_chunk(tile, offset, CHUNK: tl.constexpr, BT: tl.constexpr):
+    """Is this tile the first of its chunk, in this call?"""
+    return (tile % (CHUNK // BT) == 0) & (tile * BT >= offset)
+
+
+@triton.jit
+def rows_that_exist(start, tokens, BT: tl.constexpr):
+    """[BT] bool."""
+    position = start + tl.arange(0, BT)
+    return (position >= 0) & (position < tokens)
+
+
+@triton.jit
+def token_index(n, start, tokens, heads):
+    """Of head n's token `start` in [B, T, H], int64."""
+    return ((n // heads).to(tl.int64) * tokens + start) * heads + n % heads
+
+
+@triton.jit
+def load_tokens(x, n, start, tokens, heads, column, BT: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Rows of a tile of x [B, T, H, D], columns [column, column + WIDTH): [BT, WIDTH] in float32."""
+    offsets = tl.arange(0, BT)[:, None] * (heads * D) + tl.arange(0, WIDTH)[None, :]
+    exists = rows_that_exist(start, tokens, BT)
+    pointers = x + token_index(n, start, tokens, heads) * D + column + offsets
+    return tl.load(pointers, mask=exists[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tokens(x, value, n, start, tokens, heads, column, BT: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """The inverse of load_tokens, in x's dtype."""
+    offsets = tl.arange(0, BT)[:, None] * (heads * D) + tl.arange(0, WIDTH)[None, :]
+    exists = rows_that_exist(start, tokens, BT)
+    pointers = x + token_index(n, start, tokens, heads) * D + column + offsets
+    tl.store(pointers, value.to(x.dtype.element_ty), mask=exists[:, None])
+
+
+@triton.jit
+def gelu(z):
+    """gelu_tanh(z)."""
+    return 0.5 * z * (1 + _tanh(_inner(_bounded(z))))
+
+
+@triton.jit
+def gelu_and_slope(z):
+    """gelu_tanh(z) and its derivative. Formulas: chunked/network.py."""
+    x = _bounded(z)
+    t = _tanh(_inner(x))
+    half = 0.5 * (1 + t)
+    return z * half, half + 0.5 * (1 - t * t) * z * _inner_slope(x)
+
+
+@triton.jit
+def gelu_derivatives(z):
+    """gelu_tanh(z), its first and its second derivative."""
+    x = _bounded(z)
+    t = _tanh(_inner(x))
+    s = 1 - t * t
+    slope = _inner_slope(x)
+    half = 0.5 * (1 + t)
+    second = s * (2 * slope - SQRT_2_OVER_PI - z * t * slope * slope)
+    return z * half, half + 0.5 * s * z * slope, second
+
+
+@triton.jit
+def _bounded(z):
+    """Beyond 10 the tanh is 1 in float32, and the cube of a large z would overflow."""
+    return tl.minimum(tl.maximum(z, -10.0), 10.0)
+
+
+@triton.jit
+def _inner(x):
+    return SQRT_2_OVER_PI * x * (1 + CUBIC * x * x)
+
+
+@triton.jit
+def _inner_slope(x):
+    return SQRT_2_OVER_PI * (1 + 3 * CUBIC * x * x)
+
+
+@triton.jit
+def _tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def layer_norm(z, D: tl.constexpr):
+    """Normalised z [BT, D] and 1 / std [BT]; no affine."""
+    centred = z - (tl.sum(z, 1) / D)[:, None]
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + LN_EPS)
+    return centred * rstd[:, None], rstd
+
+
+@triton.jit
+def layer_norm_vjp(g, n, rstd, D: tl.constexpr):
+    """The norm's Jacobian, which is symmetric, times g [BT, D]. n, rstd: of layer_norm."""
+    mean = tl.sum(g, 1) / D
+    along = tl.sum(g * n, 1) / D
+    return (g - mean[:, None] - n * along[:, None]) * rstd[:, None]
+
+
+@triton.jit
+def damping_factor(rstd, eps):
+    """s^2 / (s^2 + eps) with s = 1 / rstd."""
+    return 1 / (1 + eps * rstd * rstd)
