@@ -7,14 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titans_pretrain.kernels.memory_scan.triton.call import Call, Group, Tables, Tokens
 from titans_pretrain.kernels.memory_scan.triton.tile import dot, rows_that_exist, tile_start, token_index
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads", "offset", "first", "tiles"])
 def tables_back_kernel(
-    forget, momentum, lr, G, read, d_G, d_read, d_last, d_carry, d_forget, d_momentum, d_lr, first, tiles, offset, tokens, heads,
-    GATES: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, BT: tl.constexpr,
+    forget, momentum, lr, G, read, d_G, d_read, d_last, d_carry, d_forget, d_momentum, d_lr, tokens, heads, offset, first,
+    tiles, GATES: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
+    """Program (n * GATES + gate) * tiles + tile of the group."""
     program = tl.program_id(0)
     tile, head_gate = program % tiles, (program // tiles).to(tl.int64)
     n, gate = head_gate // GATES, head_gate % GATES
@@ -34,27 +36,16 @@ def tables_back_kernel(
     at = head_gate * tiles + tile
     square = at * BT * BT + row * BT + column
     G_before = tl.load(G + square - BT, mask=before[:, None], other=0.0)
-    pairs = read + at * BT * 2 + t * 2
-    beta_before = tl.load(pairs - 2, mask=before, other=1.0)
-    f_before = tl.load(pairs - 1, mask=before, other=0.0)
+    pairs = at * BT * 2 + t * 2
+    beta_before = tl.load(read + pairs - 2, mask=before, other=1.0)
+    f_before = tl.load(read + pairs - 1, mask=before, other=0.0)
     m_before = tl.cumprod(eta_before, 0)
 
-    # The write's and the carry's gradients: those of a tile's last rows, from every memory layer of this gate and slice of F.
-    d_last_G, d_last_N = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
-    d_beta_last, d_f_last, d_m_last = 0.0, 0.0, 0.0
-    for layer in tl.static_range(DEPTH // GATES):
-        for j in range(SLICES):
-            part = ((n * DEPTH + gate + layer) * SLICES + j) * tiles + tile
-            d_last_G += tl.load(d_last + part * BT * 2 + t * 2)
-            d_last_N += tl.load(d_last + part * BT * 2 + t * 2 + 1)
-            d_beta_last += tl.load(d_carry + part * 4)
-            d_f_last += tl.load(d_carry + part * 4 + 1)
-            d_m_last += tl.load(d_carry + part * 4 + 2)
+    # What the state gave of a tile's last row.
     is_last = t == last
-    d_rows = tl.load(d_G + square) + tl.where(is_last[:, None], d_last_G[None, :], 0.0)
-    d_pairs = d_read + at * BT * 2 + t * 2
-    d_beta = tl.load(d_pairs) + tl.where(is_last, d_beta_last, 0.0)
-    d_f = tl.load(d_pairs + 1) + tl.where(is_last, d_f_last, 0.0)
+    d_rows = tl.load(d_G + square) + tl.where(is_last[:, None], tl.load(d_last + pairs)[None, :], 0.0)
+    d_beta = tl.load(d_read + pairs) + tl.where(is_last, tl.load(d_carry + at * 4), 0.0)
+    d_f = tl.load(d_read + pairs + 1) + tl.where(is_last, tl.load(d_carry + at * 4 + 1), 0.0)
 
     decay = _transposed_decay(keep, BT)
     lam = tl.where(row >= column, dot(decay, d_rows), 0.0)
@@ -63,8 +54,8 @@ def tables_back_kernel(
     d_alpha = -(tl.sum(lam * G_before, 1) + lam_beta * beta_before + lam_f * f_before)
     tl.store(d_forget + gates, d_alpha, mask=exists)
 
-    lam += tl.where(is_last[:, None] & (row >= column), d_last_N[None, :], 0.0)
-    lam_f += tl.where(is_last, d_m_last, 0.0)
+    lam += tl.where(is_last[:, None] & (row >= column), tl.load(d_last + pairs + 1)[None, :], 0.0)
+    lam_f += tl.where(is_last, tl.load(d_carry + at * 4 + 2), 0.0)
     decay = _transposed_decay(eta, BT)
     mu = dot(decay, lam)
     mu_m = tl.sum(decay * lam_f[None, :], 1)
@@ -81,19 +72,12 @@ def _transposed_decay(x, BT: tl.constexpr):
 
 
 def tables_back(
-    gates: tuple[Tensor, Tensor, Tensor], tables: tuple[Tensor, Tensor], d_tables: tuple[Tensor, Tensor, Tensor, Tensor],
-    d_gates: tuple[Tensor, Tensor, Tensor], *, first: int, offset: int, warps: int = 4,
+    call: Call, group: Group, tokens: Tokens, tables: Tables, d_tables: Tables, d_forget: Tensor, d_momentum: Tensor, d_lr: Tensor
 ) -> None:  # fmt: skip
-    """Fills d_gates where the tiles' tokens are; G gates (1, or as many as memory layers), N = B * H heads, all contiguous.
-
-    gates: forget, momentum, lr [B, T, H, G]; d_gates: their gradients, float32
-    tables: G [N, G, tiles, BT, BT] and read [N, G, tiles, BT, 2] of the tiles, float32
-    d_tables: of G and read likewise, of last [N, L, slices of F, tiles, BT, 2] and of carry [N, L, slices of F, tiles, 4]
-    first: of the tiles, counted from the start of the call's first chunk, `offset` tokens before position 0
-    """
-    d_last = d_tables[2]
-    _, depth, slices, tiles, BT, _ = d_last.shape
-    _, tokens, heads, sets = gates[0].shape
-    tables_back_kernel[(len(d_last) * sets * tiles,)](
-        *gates, *tables, *d_tables, *d_gates, first, tiles, offset, tokens, heads, sets, depth, slices, BT, num_warps=warps, num_stages=1
+    """Fills the group's tokens of the gates' gradients, float32 [B, T, H, G], from all of d_tables."""
+    kernel = call.row.tables_back
+    tables_back_kernel[(call.n * call.gates * group.tiles,)](
+        tokens.forget, tokens.momentum, tokens.lr, tables.G, tables.read, *d_tables, d_forget, d_momentum, d_lr,
+        call.tokens, call.heads, call.offset, group.first, group.tiles, GATES=call.gates, BT=call.tile,
+        num_warps=kernel.warps, num_stages=kernel.stages,
     )  # fmt: skip
