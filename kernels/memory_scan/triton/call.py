@@ -108,6 +108,12 @@ class Tables(NamedTuple):
     last: Tensor  # [N, G, NT, BT, 2]: the last rows of G and N
     carry: Tensor  # [N, G, NT, 4]: beta, f, m of the last row; the fourth is unused
 
+    @staticmethod
+    def empty(call: Call, group: Group, device: torch.device) -> "Tables":
+        b = call.tile
+        shapes = ((b, b), (b, 2), (b, 2), (4,))
+        return Tables(*(torch.empty(call.n, call.gates, group.tiles, *s, device=device) for s in shapes))
+
 
 class Given(NamedTuple):
     """What the kernels read of a group besides its tokens and tables. dt: Call.dtype; the rest is float32."""
