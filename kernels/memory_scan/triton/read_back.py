@@ -72,7 +72,25 @@ def read_back_kernel(
         for column in range(0, F, BH):
             if DEPTH == 2:
                 a, e1, x, slope = _hidden(
-                    q_rows, k_rows, e_rows, masked, beta1, f1, V1, S1, V2, T1, T2, here, anchor, towards, column, D, F, BH, TO_INITIAL
+                    q_rows,
+                    k_rows,
+                    e_rows,
+                    masked,
+                    beta1,
+                    f1,
+                    V1,
+                    S1,
+                    V2,
+                    T1,
+                    T2,
+                    here,
+                    anchor,
+                    towards,
+                    column,
+                    D,
+                    F,
+                    BH,
+                    TO_INITIAL,
                 )
             else:
                 a, x = k_rows, q_rows.to(tl.float32)
@@ -96,11 +114,33 @@ def read_back_kernel(
     d_beta, d_f = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
     if DEPTH == 2:
         along1_t = tl.zeros([BT, BT], tl.float32)
-        by_V_t, by_S_t, by_T_t = tl.zeros([D, BT], tl.float32), tl.zeros([D, BT], tl.float32), tl.zeros([D, BT], tl.float32)
+        by_V_t, by_S_t, by_T_t = (
+            tl.zeros([D, BT], tl.float32),
+            tl.zeros([D, BT], tl.float32),
+            tl.zeros([D, BT], tl.float32),
+        )
     for column in range(0, F, BH):
         if DEPTH == 2:
             a, e1, x, slope = _hidden(
-                q_rows, k_rows, e_rows, masked, beta1, f1, V1, S1, V2, T1, T2, here, anchor, towards, column, D, F, BH, TO_INITIAL
+                q_rows,
+                k_rows,
+                e_rows,
+                masked,
+                beta1,
+                f1,
+                V1,
+                S1,
+                V2,
+                T1,
+                T2,
+                here,
+                anchor,
+                towards,
+                column,
+                D,
+                F,
+                BH,
+                TO_INITIAL,
             )
         else:
             a, x = k_rows, q_rows.to(tl.float32)

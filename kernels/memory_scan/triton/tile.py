@@ -98,12 +98,12 @@ def _bounded(z):
 
 @triton.jit
 def _inner(x):
-    return SQRT_2_OVER_PI * x * (1 + CUBIC * x * x)
+    return x * SQRT_2_OVER_PI * (1 + x * x * CUBIC)
 
 
 @triton.jit
 def _inner_slope(x):
-    return SQRT_2_OVER_PI * (1 + 3 * CUBIC * x * x)
+    return (x * x * (3 * CUBIC) + 1) * SQRT_2_OVER_PI
 
 
 @triton.jit

@@ -2,11 +2,14 @@
 
 As released it multiplies the bit patterns of bfloat16 operands in tl.dot, and cuts float32 off instead of rounding it. Other
 arithmetic in bfloat16 stays wrong: the kernels do all but products in float32.
+
+And made quick: a function that a kernel calls finds the language's functions replaced already. Replacing them once more, as released,
+is most of the time.
 """
 
 import numpy as np
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 
 def widened(x: np.ndarray) -> np.ndarray:
@@ -49,3 +52,13 @@ def repair() -> None:
     builder.create_dot = create_dot
     for name in released:
         setattr(builder, name, cast(name))
+
+    released_call, ready = InterpretedFunction.__call__, set()
+
+    def call(self, *args, **kwargs):
+        if self.fn.__globals__.get("tl") is not tl and self.fn not in ready:  # a function of triton's own
+            ready.add(self.fn)
+            return released_call(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    InterpretedFunction.__call__ = call

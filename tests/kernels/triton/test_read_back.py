@@ -28,7 +28,15 @@ def twin_of(case: Case, twin: TileTwin, d_y: Tensor) -> dict[str, Tensor]:
     layers = read_layers(q, Tile(tables, tile.state, gradient, tile.towards))
     pre = [p for _, p in layers]
     y = output(pre[-1], q, call.residual_norm)
-    leaves = {"d_q": q, "d_k": inputs[0], "d_a": inputs[-1], "d_e1": deltas[0], "d_e2": deltas[-1], "d_p1": pre[0], "d_p2": pre[-1]}
+    leaves = {
+        "d_q": q,
+        "d_k": inputs[0],
+        "d_a": inputs[-1],
+        "d_e1": deltas[0],
+        "d_e2": deltas[-1],
+        "d_p1": pre[0],
+        "d_p2": pre[-1],
+    }
     for i, (G, read) in enumerate(sets):
         leaves |= {f"d_G{i}": G, f"d_read{i}": read}
     found = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), d_y), strict=True))
@@ -52,7 +60,9 @@ def check(case: Case, tol: float) -> None:
     d_y = case.randn(*case.q.shape).to(call.dtype)
     d_q, d_k = (torch.empty(case.q.shape) for _ in range(2))
     d_tables = Tables.empty(call, group, d_y.device)
-    found = read_back(call, group, case.tokens(), case.tables(group), case.given(group), d_y, d_q, d_k, d_tables)._asdict()
+    found = read_back(
+        call, group, case.tokens(), case.tables(group), case.given(group), d_y, d_q, d_k, d_tables
+    )._asdict()
     names = ["d_q", "d_k", "d_p2", "d_e2", *(["x", "d_p1", "d_a", "d_e1"] if call.depth == 2 else [])]
     actual, expected = {}, {}
     for at, twin in enumerate(case.tiles):
@@ -63,7 +73,10 @@ def check(case: Case, tol: float) -> None:
             whole = {"d_q": d_q, "d_k": d_k}.get(name)
             part = heads(whole)[:, twin.positions] if whole is not None else found[name][:, rows]
             if whole is None:  # rows that do not exist
-                assert not found[name][:, first : rows.start].any() and not found[name][:, rows.stop : first + call.tile].any()
+                assert (
+                    not found[name][:, first : rows.start].any()
+                    and not found[name][:, rows.stop : first + call.tile].any()
+                )
             actual.setdefault(name, []).append(part)
             expected.setdefault(name, []).append(of_tile[name])
         for i in range(call.gates):

@@ -31,26 +31,25 @@ class TileTwin:
 
 
 class Case:
-    """Random inputs of a call and its tiles. N = B * H heads."""
+    """Random inputs of a call and its tiles. forget: the most of it; where it is 1, z_L can be as small as to amplify rounding."""
 
     def __init__(
         self, tokens: int, offset: int, *, depth: int = 2, gates: int = 1, norm: bool = True, damping: float = 0.0, to_initial=False,
         resets: bool = False, tile: int = 16, chunk: int = 16, dim: int = 16, hidden: int = 32, block: int = 16, batch: int = 2,
-        heads: int = 2, dtype: torch.dtype = torch.float32,
+        heads: int = 1, forget: float = 0.5, dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         self.generator = torch.Generator().manual_seed(tokens + offset)
         hidden = dim if depth == 1 else hidden
         options = ScanOptions(chunk, norm, damping, "initial" if to_initial else "zero")
         kernel = Kernel(block, 4, 1)
         self.call = Call(
-            batch=batch, tokens=tokens, heads=heads, dim=dim, hidden=hidden, depth=depth, gates=gates, chunk=chunk, tile=tile,
-            offset=offset, residual_norm=norm, eps=damping * hidden if norm else 0.0, to_initial=to_initial, resets=resets, dtype=dtype,
-            row=Row(*(kernel,) * 7), group=1 << 20,
+            batch, tokens, heads, dim, hidden, depth, gates, chunk, tile, offset, norm, damping * hidden if norm else 0.0, to_initial,
+            resets, dtype, Row(*(kernel,) * 7), 1 << 20,
         )  # fmt: skip
         shape = (batch, tokens, heads)
         self.q, self.v = self.randn(*shape, dim), self.randn(*shape, dim)
         self.k = torch.nn.functional.normalize(self.randn(*shape, dim), dim=-1)
-        self.gates = [self.gate(*shape, gates, high=high) for high in (1.0, 1.0, 0.1)]
+        self.gates = [self.gate(*shape, gates, high=high) for high in (forget, 1.0, 0.1)]
         if dtype != torch.float32:
             self.q, self.k, self.v = (x.to(dtype).double() for x in (self.q, self.k, self.v))
         sizes = [(dim, hidden), (hidden, dim)][-depth:]
@@ -63,7 +62,9 @@ class Case:
         self.initial = [torch.cat(x, 1) for x in zip(matrices(0.0 if to_initial else 1.0), matrices(0.3), strict=True)]
         self.start = [torch.cat(x, 1) for x in zip(matrices(1.0), matrices(0.3), strict=True)]
         self.given_anchor = matrices(1.0)  # as V
-        self.reset = self.flags(batch, self.call.chunks) if resets else torch.zeros(batch, self.call.chunks, dtype=torch.bool)
+        self.reset = (
+            self.flags(batch, self.call.chunks) if resets else torch.zeros(batch, self.call.chunks, dtype=torch.bool)
+        )
         self.reset[:, 0] &= offset == 0
         self.network = Network.of(options, [x[:, : x.shape[1] // 2] for x in self.start], WHOLE)
         self.tiles = self._walk()
@@ -96,7 +97,9 @@ class Case:
             here = slice(max(start, 0), min(start + call.tile, call.tokens))
             opens = i * call.tile % call.chunk == 0 and start >= 0
             if opens:
-                state = [torch.where(self.rows_that_start(chunk), a, b) for a, b in zip(self.initial, state, strict=True)]
+                state = [
+                    torch.where(self.rows_that_start(chunk), a, b) for a, b in zip(self.initial, state, strict=True)
+                ]
                 anchor = self._weights([x.chunk(2, 1)[0] for x in state])
             gradient = inner_gradient(heads(self.k)[:, here], heads(self.v)[:, here], anchor, self.network)
             tables = decay_tables(*(heads(g)[:, None, here].mT for g in self.gates)).of_tile(0, call.depth)
@@ -107,7 +110,11 @@ class Case:
         return found
 
     def _weights(self, values: list[Tensor]) -> list[Tensor]:
-        return [v.clone() for v in values] if self.towards is None else [v + t for v, t in zip(values, self.towards, strict=True)]
+        return (
+            [v.clone() for v in values]
+            if self.towards is None
+            else [v + t for v, t in zip(values, self.towards, strict=True)]
+        )
 
     # What the kernels are given.
 
@@ -147,7 +154,10 @@ class Case:
             gradient = twin.tile.gradient
             e[:, twin.positions] = gradient.deltas[-1].to(call.dtype)
             if gradient.norm:
-                n[:, twin.positions], rstd[:, twin.positions] = gradient.norm[0].to(call.dtype), gradient.norm[2][..., 0].float()
+                n[:, twin.positions], rstd[:, twin.positions] = (
+                    gradient.norm[0].to(call.dtype),
+                    gradient.norm[2][..., 0].float(),
+                )
         return Given(states, (towards[0], towards[-1]), e, n, rstd, self.reset)
 
 
