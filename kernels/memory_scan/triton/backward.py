@@ -32,7 +32,7 @@ def backward(
         d_tables = Tables.empty(call, group, x.q.device)
         reads = read_back(call, group, x, coefficients, given, d_y, gradients.q, gradients.k, d_tables)
         state_back(call, group, x, coefficients, given, reads, carried, gradients.k, gradients.v, d_tables)
-        tables_back(call, group, x, d_tables, gradients.forget, gradients.momentum, gradients.lr)
+        tables_back(call, group, x, coefficients, d_tables, gradients.forget, gradients.momentum, gradients.lr)
         del coefficients, given, run, reads, d_tables  # before those of the next group are made
     return gradients, _states(call, states, carried)
 

@@ -56,13 +56,14 @@ def write_one(w, s, new_w, new_s, towards, at, a, e, forget, momentum, lr, place
 
 @triton.jit(do_not_specialize=["eps", "heads"])
 def step_kernel(
-    q, k, v, forget, momentum, lr, state, anchors, towards, new, y_out, eps, heads, towards_batch, DEPTH: tl.constexpr,
+    q, k, v, forget, momentum, lr, state, anchors, towards, new, y_out, eps, heads, batch1, batch2, DEPTH: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, BH: tl.constexpr, GATES: tl.constexpr, NORM: tl.constexpr, TO_INITIAL: tl.constexpr,
 ):  # fmt: skip
-    """Program n. anchors: W1 and the last W at the chunk's start; towards: W_init of each, `towards_batch` from row to row."""
+    """Program n. anchors: W1 and the last W at the chunk's start; towards: W_init of each, batch1 and batch2 from row to row."""
     n = tl.program_id(0)
     here = n.to(tl.int64) * (D * F)
-    goal = (n // heads).to(tl.int64) * towards_batch + (n % heads) * (D * F)
+    goal1 = towards[0] + (n // heads).to(tl.int64) * batch1 + (n % heads) * (D * F)
+    goal2 = towards[1] + (n // heads).to(tl.int64) * batch2 + (n % heads) * (D * F)
     before, after = moved(state, here), moved(new, here)
     column = tl.arange(0, D)[None, :]
     query, key = tl.load(q + n * D + column).to(tl.float32), tl.load(k + n * D + column).to(tl.float32)
@@ -92,7 +93,7 @@ def step_kernel(
                 before[1],
                 after[0],
                 after[1],
-                towards[0] + goal,
+                goal1,
                 at1,
                 key,
                 e1,
@@ -107,7 +108,7 @@ def step_kernel(
             a = tl.load(k + n * D + j * BH + tl.arange(0, BH)[None, :]).to(tl.float32)
             x = tl.load(q + n * D + j * BH + tl.arange(0, BH)[None, :]).to(tl.float32)
         w2 = write_one(
-            before[2], before[3], after[2], after[3], towards[1] + goal, at2, a, e, forget, momentum, lr, n * GATES + GATES - 1,
+            before[2], before[3], after[2], after[3], goal2, at2, a, e, forget, momentum, lr, n * GATES + GATES - 1,
             TO_INITIAL,
         )  # fmt: skip
         y += times(x, w2)
@@ -155,7 +156,7 @@ def memory_step(
     kernel = row_of(depth, dim, hidden).step
     step_kernel[(batch * heads,)](
         q, k, v, forget, momentum, lr, Matrices.of(state), (anchors[0], anchors[-1]), (towards[0], towards[-1]), Matrices.of(new), y,
-        damping * hidden, heads, towards[-1].stride(0), DEPTH=depth, D=dim, F=hidden, BH=kernel.hidden, GATES=forget.shape[-1],
+        damping * hidden, heads, towards[0].stride(0), towards[-1].stride(0), DEPTH=depth, D=dim, F=hidden, BH=kernel.hidden, GATES=forget.shape[-1],
         NORM=residual_norm, TO_INITIAL=len(initial) > 0, num_warps=kernel.warps, num_stages=kernel.stages,
     )  # fmt: skip
     return [y, *new]
