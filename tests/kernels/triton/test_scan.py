@@ -1,0 +1,76 @@
+"""The scan in kernels against the oracle: outputs, final states and every gradient."""
+
+import pytest
+import torch
+from scan_compared import DEVICE, compare, inputs
+
+NORMS = {
+    "linear": dict(residual_norm=False),
+    "norm": dict(residual_norm=True),
+    "damped": dict(residual_norm=True, damping=0.7),
+}
+SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
+# Every pair of values of any two columns stands in some row. Sizes: (D, F). every: chunks of a group.
+CASES = [
+    # depth, sizes,  chunk, tokens, norm,   forget_to, gates, resets, dtype, every
+    (2, (16, 16), 16, 37, "damped", "initial", 1, True, SINGLE, 1),
+    (2, (16, 32), 16, 35, "norm", "zero", 2, False, SINGLE, 2),
+    (2, (16, 16), 32, 41, "norm", "initial", 2, False, BRAIN, None),
+    (2, (16, 64), 16, 19, "damped", "zero", 1, False, BRAIN, 1),
+    (2, (32, 32), 32, 33, "linear", "initial", 1, True, HALF, None),
+    (2, (16, 16), 128, 75, "damped", "initial", 2, True, SINGLE, None),
+    (2, (16, 16), 64, 65, "norm", "zero", 1, True, BRAIN, 1),
+    (1, (16, 16), 16, 37, "damped", "zero", 1, True, BRAIN, 2),
+    (1, (32, 32), 16, 17, "linear", "zero", 1, False, SINGLE, 1),
+    (1, (16, 16), 128, 140, "norm", "initial", 1, True, SINGLE, None),
+    (1, (32, 32), 32, 39, "damped", "initial", 1, False, HALF, 1),
+    (2, (16, 16), 16, 1, "linear", "zero", 2, False, SINGLE, None),
+]
+
+
+@pytest.mark.parametrize("depth, sizes, chunk, tokens, norm, forget_to, gates, resets, dtype, every", CASES)
+def test_equals_reference(depth, sizes, chunk, tokens, norm, forget_to, gates, resets, dtype, every):
+    batch = 2 if resets else 1
+    dim, hidden = sizes
+    x = inputs(tokens, depth, dtype=dtype, batch=batch, gates=gates, dim=dim, hidden=hidden, seed=tokens)
+    reset = None
+    if resets:
+        reset = torch.zeros(batch, -(-tokens // chunk), dtype=torch.bool, device=DEVICE)
+        reset[0, -1] = reset[1, 0] = True
+    options = dict(chunk_size=chunk, forget_to=forget_to, reset=reset, **NORMS[norm])
+    compare(x, depth, only=dict(checkpoint_every=every), **options)
+
+
+@pytest.mark.parametrize(
+    "depth, chunk, cuts, tokens, forget_to, dtype",
+    [
+        (2, 32, (5, 9, 40), 45, "initial", SINGLE),  # within a tile; over a chunk's end
+        (2, 128, (70, 80), 90, "zero", BRAIN),  # within a chunk's second tile
+        (1, 128, (64, 128), 140, "initial", SINGLE),  # at a tile's start, at a chunk's
+        (2, 16, (16, 17), 20, "zero", SINGLE),
+    ],
+)
+def test_any_split_is_one_call(depth, chunk, cuts, tokens, forget_to, dtype):
+    """Through half-read chunks at both ends of a call, and the gradient of their anchors."""
+    x = inputs(tokens, depth, dtype=dtype, batch=1, dim=16, hidden=16, seed=chunk)
+    compare(x, depth, cuts, chunk_size=chunk, residual_norm=True, damping=0.7, forget_to=forget_to)
+
+
+@pytest.mark.parametrize("alpha, eta", [(1.0, 0.0), (0.999, 0.001), (0.0, 1.0)])
+def test_the_ends_of_the_gates_ranges(alpha, eta):
+    x = inputs(35, 2, batch=1, dim=16, hidden=16)
+    with torch.no_grad():
+        x["forget"].fill_(alpha)
+        x["momentum"].fill_(eta)
+        x["lr"].mul_(0.2)
+    compare(x, 2, chunk_size=16, residual_norm=True, forget_to="initial")
+
+
+def test_operands_of_mixed_dtypes():
+    """As under autocast: q and k in float32, v in bfloat16, which is the products' dtype."""
+    x = inputs(20, 2, batch=1, dim=16, hidden=16)
+    x["v"] = x["v"].detach().bfloat16().requires_grad_()
+    y_tolerance = compare.__globals__["TOLERANCE"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(y_tolerance, SINGLE, y_tolerance[BRAIN])
+        compare(x, 2, chunk_size=16, residual_norm=True, forget_to="initial")
