@@ -3,13 +3,17 @@
 B batch, T tokens, H heads, N = B * H, D head size, F rows of the last matrix, NT tiles of a group, BT tokens of a tile, G gates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from titans_pretrain.kernels.memory_scan.triton.launch import Row
+from titans_pretrain.kernels.memory_scan.triton.launch import Row, row_of, tile_of
+
+GROUP_BYTES = 256 * 2**20  # of a group's kept states, unless one chunk has more
 
 
 @dataclass(frozen=True)
@@ -32,28 +36,75 @@ class Call:
     resets: bool
     dtype: torch.dtype  # of the products' operands
     row: Row
-    group: int  # tiles whose states are held at a time: whole chunks
+    per_group: int  # tiles
+
+    @staticmethod
+    def of(
+        x: "Tokens", weights: Sequence[Tensor], offset: int, chunk: int, residual_norm: bool, damping: float, to_initial: bool,
+        resets: bool, checkpoint_every: int | None,
+    ) -> "Call":  # fmt: skip
+        """Of a call that the table of launches has a row for. checkpoint_every: chunks of a group; None: what GROUP_BYTES hold."""
+        batch, tokens, heads, dim = x.q.shape
+        depth, hidden = len(weights), weights[-1].shape[-2]
+        row, tile = row_of(depth, dim, hidden), tile_of(chunk)
+        assert row is not None and tile is not None
+        dtype = x.v.dtype if x.v.dtype in (torch.bfloat16, torch.float16) else torch.float32
+        if checkpoint_every is None:
+            checkpoint_every = GROUP_BYTES // (
+                batch * heads * 2 * depth * dim * hidden * dtype.itemsize * (chunk // tile)
+            )
+        return Call(
+            batch, tokens, heads, dim, hidden, depth, x.forget.shape[-1], chunk, tile, offset, residual_norm,
+            damping * hidden if residual_norm else 0.0, to_initial, resets, dtype, row, max(1, checkpoint_every) * (chunk // tile),
+        )  # fmt: skip
 
     @property
     def n(self) -> int:
         return self.batch * self.heads
 
     @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Of each layer's matrix."""
+        return [(self.dim, self.hidden), (self.hidden, self.dim)][-self.depth :]
+
+    @property
+    def end(self) -> int:
+        """Tokens from the start of the first chunk."""
+        return self.offset + self.tokens
+
+    @property
     def chunks(self) -> int:
         """Touched by the call."""
-        return -(-(self.offset + self.tokens) // self.chunk)
+        return -(-self.end // self.chunk)
 
     @property
     def ends_half(self) -> bool:
-        return (self.offset + self.tokens) % self.chunk > 0
+        return self.end % self.chunk > 0
+
+    @property
+    def opens_last(self) -> bool:
+        """Does the call open its last chunk? Else it lies inside one that an earlier call has opened."""
+        return self.offset == 0 or self.end > self.chunk
+
+    @property
+    def checkpoints(self) -> int:
+        """Groups but the first."""
+        return -(-self.end // (self.tile * self.per_group)) - 1 + self._cuts_before_last()
 
     def groups(self) -> list["Group"]:
-        """Runs of whole chunks, but for those that the call cuts."""
-        first, stop = self.offset // self.tile, -(-(self.offset + self.tokens) // self.tile)
-        bounds = range(0, stop, self.group)
-        return [
-            Group(max(first, start), min(stop, start + self.group)) for start in bounds if start + self.group > first
-        ]
+        """Runs of whole chunks, but for those that the call cuts. A half-read last chunk that the call opens has its own group: its
+        anchor is the state at the group's start."""
+        first, stop = self.offset // self.tile, -(-self.end // self.tile)
+        bounds = [*range(0, stop, self.per_group), stop]
+        if self._cuts_before_last():
+            bounds.insert(-1, self._last_opener())
+        return [Group(max(first, start), end) for start, end in pairwise(bounds)]
+
+    def _last_opener(self) -> int:
+        return self.end // self.chunk * (self.chunk // self.tile)
+
+    def _cuts_before_last(self) -> int:
+        return int(self.ends_half and self.opens_last and self._last_opener() % self.per_group > 0)
 
 
 @dataclass(frozen=True)
@@ -89,15 +140,25 @@ class Matrices(NamedTuple):
     s2: Tensor
 
     @staticmethod
+    def of(slots: Sequence[Tensor]) -> "Matrices":
+        """slots: V and S of each layer in turn."""
+        return Matrices(*slots[:2], *slots[-2:])
+
+    @staticmethod
     def empty(call: Call, *between: int, dtype: torch.dtype, device: torch.device) -> "Matrices":
         """Matrices [N, *between, d_in, d_out]."""
+        sizes = [(call.n, *between, *size) for size in call.sizes for _ in range(2)]
+        return Matrices.of([torch.empty(size, dtype=dtype, device=device) for size in sizes])
 
-        def new(rows: int, columns: int) -> Tensor:
-            return torch.empty(call.n, *between, rows, columns, dtype=dtype, device=device)
+    def slots(self) -> list[Tensor]:
+        """The inverse of `of`."""
+        return list(self) if self.v1 is not self.v2 else list(self[2:])
 
-        last = [new(call.hidden, call.dim) for _ in range(2)]
-        first = [new(call.dim, call.hidden) for _ in range(2)] if call.depth == 2 else last
-        return Matrices(*first, *last)
+    def weights(self) -> list[Tensor]:
+        return self.slots()[::2]
+
+    def surprise(self) -> list[Tensor]:
+        return self.slots()[1::2]
 
 
 class Tables(NamedTuple):
@@ -123,7 +184,7 @@ class Given(NamedTuple):
     e: Tensor  # dt [N, T, D]: the last layer's deltas of the whole call
     n: Tensor  # dt [N, T, D]: LN(z_L) of the keys; not looked at without residual_norm
     rstd: Tensor  # [N, T]
-    reset: Tensor  # [B, chunks] bool; not looked at without resets
+    reset: Tensor  # [B, chunks] uint8; not looked at without resets
 
 
 class ReadGradients(NamedTuple):

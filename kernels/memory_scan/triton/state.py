@@ -37,7 +37,7 @@ from titans_pretrain.kernels.memory_scan.triton.tile import (
 @triton.jit
 def open_tile(
     state, tile, n, at1, at2, reset, initial, kept, heads, offset, chunks, group_first, tiles, DEPTH: tl.constexpr, D: tl.constexpr,
-    F: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, TO_INITIAL: tl.constexpr, RESETS: tl.constexpr,
+    F: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, RESETS: tl.constexpr,
 ):  # fmt: skip
     """The state before a tile, after a reset if a document starts there; kept at the tile's slot."""
     whole = D * F
@@ -46,8 +46,6 @@ def open_tile(
         row = reset + (n // heads).to(tl.int64) * chunks + tile // (CHUNK // BT)
         if opens_chunk(tile, offset, CHUNK, BT) & (tl.load(row) != 0):
             v1, s1, v2, s2 = load_state(moved(initial, n.to(tl.int64) * whole), at1, at2, DEPTH)
-            if TO_INITIAL:
-                v1, v2 = tl.zeros_like(v1), tl.zeros_like(v2)
     slot = (n.to(tl.int64) * (tiles + 1) + 1 + tile - group_first) * whole
     store_state(moved(kept, slot), (v1, s1, v2, s2), at1, at2, DEPTH)
     return v1, s1, v2, s2
@@ -143,7 +141,7 @@ def walk_kernel(
         start = tile_start(tile, offset, BT)
         state = open_tile(
             state, tile, n, at1, at2, reset, initial, kept, heads, offset, chunks, group_first, tiles, DEPTH, D, F, CHUNK, BT,
-            TO_INITIAL, RESETS,
+            RESETS,
         )  # fmt: skip
         tl.debug_barrier()  # the anchor is read as it was kept
         a1, a2 = load_anchor(
@@ -203,7 +201,7 @@ def exchange_kernel(
         tile += 1
         state = open_tile(
             state, tile, n, at1, at2, reset, initial, kept, heads, offset, chunks, group_first, tiles, DEPTH, D, F, CHUNK, BT,
-            TO_INITIAL, RESETS,
+            RESETS,
         )  # fmt: skip
         tl.debug_barrier()
         a1, a2 = load_anchor(
