@@ -62,6 +62,10 @@ class Start:
             self.towards = (cast[0], cast[-1])
         self.initial = self.matrices(states.initial_weights, states.initial_surprise) if call.resets else None
 
+    def state(self) -> Matrices:
+        """V and S before the call, a copy."""
+        return self.matrices(self.states.weights, self.states.surprise)
+
     def matrices(self, weights: tuple[Tensor, ...], surprise: tuple[Tensor, ...]) -> Matrices:
         """V and S, a copy."""
         slots = [x for w, s in zip(self.as_v(weights), surprise, strict=True) for x in (w, s)]
@@ -101,7 +105,7 @@ def forward(call: Call, x: Tokens, states: States, reset: Tensor | None, differe
     """x contiguous; states float32; reset [B, chunks] bool where call.resets."""
     results = Results.empty(call, x, differentiable)
     start = Start(call, states)
-    run = start.matrices(states.weights, states.surprise)
+    run = start.state()
     initial = start.initial or run  # not looked at without resets
     anchor = states.anchor
     groups = call.groups()

@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pretrain.kernels.memory_scan.triton.blocks import load_block, load_block_t, load_kept, store_block
+from titans_pretrain.kernels.memory_scan.triton.blocks import (
+    load_block,
+    load_block_t,
+    load_kept,
+    load_pair,
+    load_tokens_t,
+    store_block,
+    store_pair,
+)
 from titans_pretrain.kernels.memory_scan.triton.call import Call, Carried, Given, Group, ReadGradients, Tables, Tokens
 from titans_pretrain.kernels.memory_scan.triton.matrices import (
     first_matrix,
@@ -36,7 +44,6 @@ from titans_pretrain.kernels.memory_scan.triton.tile import (
     rows_that_exist,
     store_tokens,
     tile_start,
-    token_index,
 )
 
 
@@ -106,20 +113,20 @@ def begin_tile(
     )
     last = (n * GATES + GATES - 1) * tiles + at
     part = ((n * DEPTH + DEPTH - 1) * NS + j) * tiles + at
-    c, s = _pair(tables[1], last, BT)
+    c, s = load_pair(tables[1], last, BT)
     if DEPTH == 2:
         keys = load_tokens(k, n, start, tokens, heads, 0, BT, D, D)
         a, slope, curvature = gelu_derivatives(dot(keys.to(dt), a1))
     else:
         a = load_tokens(k, n, start, tokens, heads, j * BH, BT, BH, D)
     along_v, along_s = dot(e, d_v2.to(dt)), dot(e, d_s2.to(dt))
-    _store_pair(d_last, part, -tl.sum(a * along_v, 1), -tl.sum(a * along_s, 1), BT)
+    store_pair(d_last, part, -tl.sum(a * along_v, 1), -tl.sum(a * along_s, 1), BT)
     d_a = -c[:, None] * along_v - s[:, None] * along_s
     d_e = dot((-c[:, None] * a).to(dt), tl.trans(d_v2.to(dt)))
     d_e = dot((-s[:, None] * a).to(dt), tl.trans(d_s2.to(dt)), d_e)
     if DEPTH == 2:
         if GATES == 2:
-            c, s = _pair(tables[1], last - tiles, BT)
+            c, s = load_pair(tables[1], last - tiles, BT)
         back = dot(e, a2)
         d_e1 = load_block(reads[4], rows, j * BH, F, BT, BH).to(tl.float32)
         d_e1 = dot((-c[:, None] * keys).to(dt), d_v1.to(dt), d_e1)
@@ -131,7 +138,7 @@ def begin_tile(
         d_e = dot(d_back, tl.trans(a2), d_e)
         e1 = (back * slope).to(dt)
         along_v, along_s = dot(e1, tl.trans(d_v1.to(dt))), dot(e1, tl.trans(d_s1.to(dt)))
-        _store_pair(d_last, part - NS * tiles, -tl.sum(keys * along_v, 1), -tl.sum(keys * along_s, 1), BT)
+        store_pair(d_last, part - NS * tiles, -tl.sum(keys * along_v, 1), -tl.sum(keys * along_s, 1), BT)
         d_k = -c[:, None] * along_v - s[:, None] * along_s
         store_block(d_keys, d_k, ((n * NS + j) * tiles + at) * BT, 0, D, BT, D)
     else:
@@ -184,13 +191,13 @@ def finish_tile(
         d_p = (d_p + slope * dot(d_z, a2)).to(dt)
         part = ((n * NS + j) * tiles + at) * BT
         store_block(d_keys, dot(d_p, tl.trans(a1), load_block(d_keys, part, 0, D, BT, D)), part, 0, D, BT, D)
-        e_t = _tokens_t(keys_norm[0], n, start, tokens, 1, BT, D)
+        e_t = load_tokens_t(keys_norm[0], n, start, tokens, 1, BT, D)
         d_a2 = dot(tl.trans(d_z), a.to(dt), dot(e_t, load_block(exchange[2], own, j * BH, F, BT, BH)))
-        d_a1 = dot(_tokens_t(k, n, start, tokens, heads, BT, D).to(dt), d_p)
+        d_a1 = dot(load_tokens_t(k, n, start, tokens, heads, BT, D).to(dt), d_p)
         first = last - (GATES - 1) * tiles
         d_v1, d_s1 = _carried(d_v1, d_s1, tables[2] + first * 4)
-        beta, f = _pair(tables[0], first, BT)
-        q_t = _tokens_t(q, n, start, tokens, heads, BT, D).to(dt)
+        beta, f = load_pair(tables[0], first, BT)
+        q_t = load_tokens_t(q, n, start, tokens, heads, BT, D).to(dt)
         d_pre = load_block(reads[1], rows, j * BH, F, BT, BH)
         d_v1 = dot(q_t, (beta[:, None] * d_pre.to(tl.float32)).to(dt), d_v1)
         d_s1 = dot(q_t, (f[:, None] * d_pre.to(tl.float32)).to(dt), d_s1)
@@ -201,7 +208,7 @@ def finish_tile(
         d_a2 = dot(tl.trans(d_z), a)
         x = load_tokens(q, n, start, tokens, heads, j * BH, BT, BH, D).to(dt)
     d_v2, d_s2 = _carried(d_v2, d_s2, tables[2] + last * 4)
-    beta, f = _pair(tables[0], last, BT)
+    beta, f = load_pair(tables[0], last, BT)
     d_p2_t = load_block_t(reads[2], rows, 0, D, BT, D)
     d_v2 = dot(d_p2_t, (beta[:, None] * x.to(tl.float32)).to(dt), d_v2)
     d_s2 = dot(d_p2_t, (f[:, None] * x.to(tl.float32)).to(dt), d_s2)
@@ -259,28 +266,6 @@ def _store_carry(d_carry, part, d_v, d_s, v, s):
     tl.store(d_carry + part * 4 + 1, tl.sum(d_v * s))
     tl.store(d_carry + part * 4 + 2, tl.sum(d_s * s))
     tl.store(d_carry + part * 4 + 3, 0.0)
-
-
-@triton.jit
-def _pair(x, tile, BT: tl.constexpr):
-    """Both columns of x[tile], x [tiles, BT, 2]."""
-    pointers = x + (tile * BT + tl.arange(0, BT)) * 2
-    return tl.load(pointers), tl.load(pointers + 1)
-
-
-@triton.jit
-def _store_pair(x, tile, first, second, BT: tl.constexpr):
-    pointers = x + (tile * BT + tl.arange(0, BT)) * 2
-    tl.store(pointers, first)
-    tl.store(pointers + 1, second)
-
-
-@triton.jit
-def _tokens_t(x, n, start, tokens, heads, BT: tl.constexpr, D: tl.constexpr):
-    """Rows of a tile of x [B, T, H, D], loaded as [D, BT]."""
-    exists = rows_that_exist(start, tokens, BT)
-    offsets = tl.arange(0, BT)[None, :] * (heads * D) + tl.arange(0, D)[:, None]
-    return tl.load(x + token_index(n, start, tokens, heads) * D + offsets, mask=exists[None, :], other=0.0)
 
 
 def state_back(

@@ -2,13 +2,13 @@
 
 As released it multiplies the bit patterns of bfloat16 operands in tl.dot, and cuts float32 off instead of rounding it. Other
 arithmetic in bfloat16 stays wrong: the kernels do all but products in float32. And it prepares the language anew at every call of
-a function inside a kernel, which takes most of the time: here once a module and launch.
+a function inside a kernel, which takes most of the time.
 """
 
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 
 def widened(x: np.ndarray) -> np.ndarray:
@@ -32,19 +32,14 @@ def repair() -> None:
 
 def _prepare_once() -> None:
     prepared: set[str] = set()
-    launch = GridExecutor.__call__
-
-    def launch_afresh(self, *args, **kwargs):
-        prepared.clear()
-        return launch(self, *args, **kwargs)
 
     def call(self, *args, **kwargs):
-        if self.fn.__module__ not in prepared:
-            prepared.add(self.fn.__module__)
+        module = self.fn.__module__
+        if module.startswith("triton.") and module not in prepared:  # a launch has prepared what other functions see
+            prepared.add(module)
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
-    GridExecutor.__call__ = launch_afresh
     InterpretedFunction.__call__ = call
 
 
