@@ -59,7 +59,8 @@ def _resources(compiled) -> Resources:
         shared=compiled.metadata.shared,
         wgmma=len(re.findall(r"\bHGMMA", code)),
         mma=len(re.findall(r"\bHMMA", code)),
-        miscompiled=len(re.findall(r"local_alloc [^\n]*#linear", ir)) + len(re.findall(r"tt\.trans [^\n]*#mma\d*> ?->", ir)),
+        miscompiled=len(re.findall(r"local_alloc [^\n]*#linear", ir))
+        + len(re.findall(r"tt\.trans [^\n]*#mma\d*> ?->", ir)),
     )
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from titans_pretrain.kernels.memory_scan.triton.tile import rows_that_exist
+from titans_pretrain.kernels.memory_scan.triton.tile import rows_that_exist, token_index
 
 
 @triton.jit
@@ -40,6 +40,38 @@ def load_kept(x, n, start, tokens, BT: tl.constexpr, D: tl.constexpr):
     exists = rows_that_exist(start, tokens, BT)
     offsets = tl.arange(0, BT)[:, None] * D + tl.arange(0, D)[None, :]
     return tl.load(x + (n * tokens + start) * D + offsets, mask=exists[:, None], other=0.0)
+
+
+@triton.jit
+def load_tokens_t(x, n, start, tokens, heads, BT: tl.constexpr, D: tl.constexpr):
+    """Rows of a tile of x [B, T, H, D], as they are, as [D, BT]; zeros where there is no token."""
+    exists = rows_that_exist(start, tokens, BT)
+    offsets = tl.arange(0, BT)[None, :] * (heads * D) + tl.arange(0, D)[:, None]
+    return tl.load(x + token_index(n, start, tokens, heads) * D + offsets, mask=exists[None, :], other=0.0)
+
+
+@triton.jit
+def store_tokens_t(x, value, n, start, tokens, heads, BT: tl.constexpr, D: tl.constexpr):
+    """Rows of a tile of x [B, T, H, D] from [D, BT], in x's dtype."""
+    exists = rows_that_exist(start, tokens, BT)
+    offsets = tl.arange(0, BT)[None, :] * (heads * D) + tl.arange(0, D)[:, None]
+    pointers = x + token_index(n, start, tokens, heads) * D + offsets
+    tl.store(pointers, value.to(x.dtype.element_ty), mask=exists[None, :])
+
+
+@triton.jit
+def load_pair(x, tile, BT: tl.constexpr):
+    """Both columns of x[tile], x [tiles, BT, 2]."""
+    pointers = x + (tile * BT + tl.arange(0, BT)) * 2
+    return tl.load(pointers), tl.load(pointers + 1)
+
+
+@triton.jit
+def store_pair(x, tile, first, second, BT: tl.constexpr):
+    """The inverse of load_pair."""
+    pointers = x + (tile * BT + tl.arange(0, BT)) * 2
+    tl.store(pointers, first)
+    tl.store(pointers + 1, second)
 
 
 @triton.jit

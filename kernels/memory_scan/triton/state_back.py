@@ -1,0 +1,307 @@
+"""The walk over a group's tiles in reverse: the adjoint of the writes, of the carry and of the inner gradient.
+
+A program holds the gradients of `BH` rows of the last matrix of one head and, where there is a first layer, of the same columns of its
+matrix, in float32 and both as [D, BH], as the forward walk does (state.py). With the state's gradient after a tile known, all is a
+program's own up to the gradient of the last deltas, whose parts its head's programs add up; what is behind that sum, a program's own
+again, gives the state's gradient before the tile. So step t of the walk finishes tile t and begins tile t - 1, and the sum lies
+between steps: between launches where a head has several programs, else in memory, where one launch takes all steps.
+
+What a step reads of the one before is written by the same program, or by another launch; a barrier ends every step. Loads must not be
+moved across it: no software pipelining here (num_stages=1).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from titans_pretrain.kernels.memory_scan.triton.blocks import (
+    load_block,
+    load_block_t,
+    load_kept,
+    load_pair,
+    load_tokens_t,
+    store_block,
+    store_pair,
+)
+from titans_pretrain.kernels.memory_scan.triton.call import Call, Carried, Given, Group, ReadGradients, Tables, Tokens
+from titans_pretrain.kernels.memory_scan.triton.matrices import (
+    first_matrix,
+    last_matrix_transposed,
+    load_anchor,
+    load_state,
+    moved,
+    store_state,
+)
+from titans_pretrain.kernels.memory_scan.triton.tile import (
+    damping_factor,
+    dot,
+    gelu_and_slope,
+    gelu_derivatives,
+    layer_norm_vjp,
+    load_tokens,
+    opens_chunk,
+    rows_that_exist,
+    store_tokens,
+    tile_start,
+)
+
+
+@triton.jit(do_not_specialize=["eps", "tokens", "heads", "offset", "chunks", "group_first", "tiles", "begin", "steps"])
+def state_back_kernel(
+    q, k, v, tables, reset, kept, towards, keys_norm, reads, run, d_anchor, d_towards, d_initial, exchange, d_keys, d_v, d_last,
+    d_carry, eps, tokens, heads, offset, chunks, group_first, tiles, begin, steps, DEPTH: tl.constexpr, D: tl.constexpr,
+    F: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, GATES: tl.constexpr, NORM: tl.constexpr,
+    TO_INITIAL: tl.constexpr, RESETS: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Steps begin, begin - 1, ... of the tiles [group_first, group_first + tiles). Program n * NS + j.
+
+    tables: read, last, carry    keys_norm: e, n, rstd    reads: x, d_p1, d_p2, d_a, d_e1, d_e2
+    exchange: parts of d_e_L [2, N, NS, BT, D] float32; a program's own for the next step, [2, N, BT, F]: d_p float32, d_g
+    ACCUMULATE: there are tiles that do not open a chunk, or the gradient of an anchor is given
+    """
+    NS: tl.constexpr = F // BH
+    n, j = (tl.program_id(0) // NS).to(tl.int64), tl.program_id(0) % NS
+    at1, at2 = first_matrix(j, D, F, BH), last_matrix_transposed(j, D, BH)
+    whole = n * (D * F)
+    here = moved(run, whole)
+    d_v1, d_s1, d_v2, d_s2 = load_state(here, at1, at2, DEPTH)
+    for step in tl.range(steps, num_stages=1):
+        tile = begin - step
+        if tile < group_first + tiles:
+            d_v1, d_s1, d_v2, d_s2 = finish_tile(
+                (d_v1, d_s1, d_v2, d_s2), tile, n, j, at1, at2, q, k, v, tables, kept, towards, keys_norm, reads, d_anchor, d_towards,
+                exchange, d_keys, d_v, eps, tokens, heads, offset, group_first, tiles, DEPTH, D, F, BH, CHUNK, BT, GATES, NORM,
+                TO_INITIAL, ACCUMULATE,
+            )  # fmt: skip
+            if RESETS:
+                flag = reset + (n // heads) * chunks + tile // (CHUNK // BT)
+                if opens_chunk(tile, offset, CHUNK, BT) & (tl.load(flag) != 0):
+                    initial = moved(d_initial, whole)
+                    i_v1, i_s1, i_v2, i_s2 = load_state(initial, at1, at2, DEPTH)
+                    store_state(initial, (i_v1 + d_v1, i_s1 + d_s1, i_v2 + d_v2, i_s2 + d_s2), at1, at2, DEPTH)
+                    d_v1, d_s1 = tl.zeros_like(d_v1), tl.zeros_like(d_s1)
+                    d_v2, d_s2 = tl.zeros_like(d_v2), tl.zeros_like(d_s2)
+        if tile > group_first:
+            begin_tile(
+                (d_v1, d_s1, d_v2, d_s2), tile - 1, n, j, at1, at2, k, tables, kept, towards, keys_norm, reads, exchange, d_keys,
+                d_last, d_carry, tokens, heads, offset, group_first, tiles, DEPTH, D, F, BH, CHUNK, BT, GATES, TO_INITIAL,
+            )  # fmt: skip
+        tl.debug_barrier()
+    store_state(here, (d_v1, d_s1, d_v2, d_s2), at1, at2, DEPTH)
+
+
+@triton.jit
+def begin_tile(
+    d_state, tile, n, j, at1, at2, k, tables, kept, towards, keys_norm, reads, exchange, d_keys, d_last, d_carry, tokens, heads,
+    offset, group_first, tiles, DEPTH: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr,
+    BT: tl.constexpr, GATES: tl.constexpr, TO_INITIAL: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of the state after a tile: the writes' and the carry's adjoint, up to the sum of d_e_L over programs."""
+    d_v1, d_s1, d_v2, d_s2 = d_state
+    NS: tl.constexpr = F // BH
+    start = tile_start(tile, offset, BT)
+    at = tile - group_first
+    rows = (n * tiles + at) * BT
+    programs = tl.num_programs(0).to(tl.int64)
+    parity = tile % 2
+    own = (parity * (programs // NS) + n) * BT
+    e = load_kept(keys_norm[0], n, start, tokens, BT, D)
+    dt = e.dtype
+    a1, a2 = load_anchor(
+        tile, n, at1, at2, kept, towards, offset, group_first, tiles, DEPTH, D, F, CHUNK, BT, TO_INITIAL
+    )
+    last = (n * GATES + GATES - 1) * tiles + at
+    part = ((n * DEPTH + DEPTH - 1) * NS + j) * tiles + at
+    c, s = load_pair(tables[1], last, BT)
+    if DEPTH == 2:
+        keys = load_tokens(k, n, start, tokens, heads, 0, BT, D, D)
+        a, slope, curvature = gelu_derivatives(dot(keys.to(dt), a1))
+    else:
+        a = load_tokens(k, n, start, tokens, heads, j * BH, BT, BH, D)
+    along_v, along_s = dot(e, d_v2.to(dt)), dot(e, d_s2.to(dt))
+    store_pair(d_last, part, -tl.sum(a * along_v, 1), -tl.sum(a * along_s, 1), BT)
+    d_a = -c[:, None] * along_v - s[:, None] * along_s
+    d_e = dot((-c[:, None] * a).to(dt), tl.trans(d_v2.to(dt)))
+    d_e = dot((-s[:, None] * a).to(dt), tl.trans(d_s2.to(dt)), d_e)
+    if DEPTH == 2:
+        if GATES == 2:
+            c, s = load_pair(tables[1], last - tiles, BT)
+        back = dot(e, a2)
+        d_e1 = load_block(reads[4], rows, j * BH, F, BT, BH).to(tl.float32)
+        d_e1 = dot((-c[:, None] * keys).to(dt), d_v1.to(dt), d_e1)
+        d_e1 = dot((-s[:, None] * keys).to(dt), d_s1.to(dt), d_e1)
+        d_a += load_block(reads[3], rows, j * BH, F, BT, BH).to(tl.float32)
+        store_block(exchange[1], d_e1 * back * curvature + d_a * slope, own, j * BH, F, BT, BH)
+        d_back = (d_e1 * slope).to(dt)
+        store_block(exchange[2], d_back, own, j * BH, F, BT, BH)
+        d_e = dot(d_back, tl.trans(a2), d_e)
+        e1 = (back * slope).to(dt)
+        along_v, along_s = dot(e1, tl.trans(d_v1.to(dt))), dot(e1, tl.trans(d_s1.to(dt)))
+        store_pair(d_last, part - NS * tiles, -tl.sum(keys * along_v, 1), -tl.sum(keys * along_s, 1), BT)
+        d_k = -c[:, None] * along_v - s[:, None] * along_s
+        store_block(d_keys, d_k, ((n * NS + j) * tiles + at) * BT, 0, D, BT, D)
+    else:
+        store_block(exchange[1], d_a, own, j * BH, F, BT, BH)
+    store_block(exchange[0], d_e, (parity * programs + n * NS + j) * BT, 0, D, BT, D)
+
+    v1, s1, v2, s2 = load_state(moved(kept, (n * (tiles + 1) + 1 + at) * (D * F)), at1, at2, DEPTH)
+    _store_carry(d_carry, part, d_v2, d_s2, v2, s2)
+    if DEPTH == 2:
+        _store_carry(d_carry, part - NS * tiles, d_v1, d_s1, v1, s1)
+
+
+@triton.jit
+def finish_tile(
+    d_state, tile, n, j, at1, at2, q, k, v, tables, kept, towards, keys_norm, reads, d_anchor, d_towards, exchange, d_keys, d_v, eps,
+    tokens, heads, offset, group_first, tiles, DEPTH: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BH: tl.constexpr,
+    CHUNK: tl.constexpr, BT: tl.constexpr, GATES: tl.constexpr, NORM: tl.constexpr, TO_INITIAL: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """From d_e_L: the inner gradient's adjoint; the gradient of the state before the tile, that of the anchor joined at a chunk's
+    first."""
+    d_v1, d_s1, d_v2, d_s2 = d_state
+    NS: tl.constexpr = F // BH
+    start = tile_start(tile, offset, BT)
+    at = tile - group_first
+    rows = (n * tiles + at) * BT
+    programs = tl.num_programs(0).to(tl.int64)
+    parity = tile % 2
+    own = (parity * (programs // NS) + n) * BT
+    dt = keys_norm[0].dtype.element_ty
+    d_e = load_block(reads[5], rows, 0, D, BT, D)
+    for i in range(NS):
+        d_e += load_block(exchange[0], (parity * programs + n * NS + i) * BT, 0, D, BT, D)
+    if NORM:
+        d_z, d_r = norm_adjoint(d_e, k, v, keys_norm, n, start, tokens, heads, eps, D, BT)
+    else:
+        d_z, d_r = 2 * d_e, d_e
+    d_z = d_z.to(dt)
+    if j == 0:
+        store_tokens(d_v, -2 * d_r, n, start, tokens, heads, 0, BT, D, D)
+
+    a1, a2 = load_anchor(
+        tile, n, at1, at2, kept, towards, offset, group_first, tiles, DEPTH, D, F, CHUNK, BT, TO_INITIAL
+    )
+    d_p = load_block(exchange[1], own, j * BH, F, BT, BH)
+    last = (n * GATES + GATES - 1) * tiles + at
+    if DEPTH == 2:
+        keys = load_tokens(k, n, start, tokens, heads, 0, BT, D, D).to(dt)
+        a, slope = gelu_and_slope(dot(keys, a1))
+        d_p = (d_p + slope * dot(d_z, a2)).to(dt)
+        part = ((n * NS + j) * tiles + at) * BT
+        store_block(d_keys, dot(d_p, tl.trans(a1), load_block(d_keys, part, 0, D, BT, D)), part, 0, D, BT, D)
+        e_t = load_tokens_t(keys_norm[0], n, start, tokens, 1, BT, D)
+        d_a2 = dot(tl.trans(d_z), a.to(dt), dot(e_t, load_block(exchange[2], own, j * BH, F, BT, BH)))
+        d_a1 = dot(load_tokens_t(k, n, start, tokens, heads, BT, D).to(dt), d_p)
+        first = last - (GATES - 1) * tiles
+        d_v1, d_s1 = _carried(d_v1, d_s1, tables[2] + first * 4)
+        beta, f = load_pair(tables[0], first, BT)
+        q_t = load_tokens_t(q, n, start, tokens, heads, BT, D).to(dt)
+        d_pre = load_block(reads[1], rows, j * BH, F, BT, BH)
+        d_v1 = dot(q_t, (beta[:, None] * d_pre.to(tl.float32)).to(dt), d_v1)
+        d_s1 = dot(q_t, (f[:, None] * d_pre.to(tl.float32)).to(dt), d_s1)
+        x = load_block(reads[0], rows, j * BH, F, BT, BH)
+    else:
+        a = load_tokens(k, n, start, tokens, heads, j * BH, BT, BH, D).to(dt)
+        store_block(d_keys, dot(d_z, a2, d_p), rows, j * BH, D, BT, BH)
+        d_a2 = dot(tl.trans(d_z), a)
+        x = load_tokens(q, n, start, tokens, heads, j * BH, BT, BH, D).to(dt)
+    d_v2, d_s2 = _carried(d_v2, d_s2, tables[2] + last * 4)
+    beta, f = load_pair(tables[0], last, BT)
+    d_p2_t = load_block_t(reads[2], rows, 0, D, BT, D)
+    d_v2 = dot(d_p2_t, (beta[:, None] * x.to(tl.float32)).to(dt), d_v2)
+    d_s2 = dot(d_p2_t, (f[:, None] * x.to(tl.float32)).to(dt), d_s2)
+
+    opens = opens_chunk(tile, offset, CHUNK, BT)
+    whole = n * (D * F)
+    if ACCUMULATE:
+        d_a2 += tl.load(d_anchor[1] + whole + at2)
+        tl.store(d_anchor[1] + whole + at2, tl.where(opens, 0.0, d_a2))
+        d_a2 = tl.where(opens, d_a2, 0.0)
+    d_v2 += d_a2
+    if TO_INITIAL:
+        d_t2 = tl.load(d_towards[1] + whole + at2) + d_a2
+        tl.store(d_towards[1] + whole + at2, dot(d_p2_t, x, d_t2))
+    if DEPTH == 2:
+        if ACCUMULATE:
+            d_a1 += tl.load(d_anchor[0] + whole + at1)
+            tl.store(d_anchor[0] + whole + at1, tl.where(opens, 0.0, d_a1))
+            d_a1 = tl.where(opens, d_a1, 0.0)
+        d_v1 += d_a1
+        if TO_INITIAL:
+            d_t1 = tl.load(d_towards[0] + whole + at1) + d_a1
+            tl.store(d_towards[0] + whole + at1, dot(q_t, d_pre, d_t1))
+    return d_v1, d_s1, d_v2, d_s2
+
+
+@triton.jit
+def norm_adjoint(d_e, k, v, keys_norm, n, start, tokens, heads, eps, D: tl.constexpr, BT: tl.constexpr):
+    """Gradients of z_L and of r = 2 (M(k) - v), from that of the damped e_L (README.md, "Backward")."""
+    e = load_kept(keys_norm[0], n, start, tokens, BT, D).to(tl.float32)
+    normed = load_kept(keys_norm[1], n, start, tokens, BT, D).to(tl.float32)
+    exists = rows_that_exist(start, tokens, BT)
+    rstd = tl.load(keys_norm[2] + n * tokens + start + tl.arange(0, BT), mask=exists, other=0.0)
+    keys = load_tokens(k, n, start, tokens, heads, 0, BT, D, D)
+    r = 2 * (keys + normed - load_tokens(v, n, start, tokens, heads, 0, BT, D, D))
+    damp = damping_factor(rstd, eps)
+    d_std = tl.sum(d_e * e, 1) * rstd * (2 * eps * damp * rstd * rstd - 1)
+    d_e = damp[:, None] * d_e
+    d_r = layer_norm_vjp(d_e, normed, rstd, D)
+    along_r, along_d = tl.sum(r * normed, 1), tl.sum(d_e * normed, 1)
+    d_n = 2 * d_r - (rstd / D)[:, None] * (along_r[:, None] * d_e + along_d[:, None] * r)
+    return layer_norm_vjp(d_n, normed, rstd, D) + (d_std / D)[:, None] * normed, d_r
+
+
+@triton.jit
+def _carried(d_v, d_s, carry):
+    beta, f, m = tl.load(carry), tl.load(carry + 1), tl.load(carry + 2)
+    return beta * d_v, m * d_s + f * d_v
+
+
+@triton.jit
+def _store_carry(d_carry, part, d_v, d_s, v, s):
+    v, s = v.to(tl.float32), s.to(tl.float32)
+    tl.store(d_carry + part * 4, tl.sum(d_v * v))
+    tl.store(d_carry + part * 4 + 1, tl.sum(d_v * s))
+    tl.store(d_carry + part * 4 + 2, tl.sum(d_s * s))
+    tl.store(d_carry + part * 4 + 3, 0.0)
+
+
+def state_back(
+    call: Call, group: Group, tokens: Tokens, tables: Tables, given: Given, read: ReadGradients, carried: Carried, d_k: Tensor,
+    d_v: Tensor, d_tables: Tables,
+) -> None:  # fmt: skip
+    """Takes `carried` from the group's end to its start, in place. Adds to the group's tokens of d_k, which is then whole, fills those
+    of d_v, float32 [B, T, H, D] both, and d_tables.last and .carry."""
+    kernel = call.row.state_back
+    n, slices, rows = call.n, call.hidden // kernel.hidden, group.tiles * call.tile
+    parts = slices if call.depth == 2 else 1
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=d_k.device)
+
+    exchange = (
+        new(2, n, slices, call.tile, call.dim), new(2, n, call.tile, call.hidden), new(2, n, call.tile, call.hidden, dtype=call.dtype)
+    )  # fmt: skip
+    d_keys = new(n, parts, rows, call.dim)
+    d_last, d_carry = (new(n, call.depth, slices, *x.shape[2:]) for x in (d_tables.last, d_tables.carry))
+    steps = group.tiles + 1
+    for begin in [group.stop] if slices == 1 else range(group.stop, group.first - 1, -1):
+        state_back_kernel[(n * slices,)](
+            tokens.q, tokens.k, tokens.v, (tables.read, tables.last, tables.carry), given.reset, given.states, given.towards,
+            (given.e, given.n, given.rstd), read, carried.state, carried.anchor, carried.towards, carried.initial, exchange, d_keys,
+            d_v, d_last, d_carry, call.eps, call.tokens, call.heads, call.offset, call.chunks, group.first, group.tiles, begin,
+            steps if slices == 1 else 1, DEPTH=call.depth, D=call.dim, F=call.hidden, BH=kernel.hidden, CHUNK=call.chunk, BT=call.tile,
+            GATES=call.gates, NORM=call.residual_norm, TO_INITIAL=call.to_initial, RESETS=call.resets,
+            ACCUMULATE=call.chunk > call.tile or call.offset > 0 or call.ends_half, num_warps=kernel.warps, num_stages=1,
+        )  # fmt: skip
+    layers = (2,) if call.gates == call.depth else (1, 2)
+    d_tables.last.copy_(d_last.sum(layers).view_as(d_tables.last))
+    d_tables.carry.copy_(d_carry.sum(layers).view_as(d_tables.carry))
+    start = group.first * call.tile - call.offset
+    here = slice(max(start, 0), min(start + rows, call.tokens))
+    added = d_keys.sum(1)[:, here.start - start : here.stop - start]
+    d_k[:, here] += added.unflatten(0, (call.batch, call.heads)).transpose(1, 2)
+    if call.residual_norm:  # M(k) = k + LN(z)
+        d_k[:, here] -= d_v[:, here]
