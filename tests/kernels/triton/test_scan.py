@@ -56,14 +56,14 @@ def test_any_split_is_one_call(depth, chunk, cuts, tokens, forget_to, dtype):
     compare(x, depth, cuts, chunk_size=chunk, residual_norm=True, damping=0.7, forget_to=forget_to)
 
 
-@pytest.mark.parametrize("alpha, eta", [(1.0, 0.0), (0.999, 0.001), (0.0, 1.0)])
-def test_the_ends_of_the_gates_ranges(alpha, eta):
+@pytest.mark.parametrize("alpha, eta, forget_to", [(1.0, 0.0, "initial"), (0.999, 0.001, "initial"), (0.0, 1.0, "zero")])
+def test_the_ends_of_the_gates_ranges(alpha, eta, forget_to):
     x = inputs(35, 2, batch=1, dim=16, hidden=16)
     with torch.no_grad():
         x["forget"].fill_(alpha)
         x["momentum"].fill_(eta)
         x["lr"].mul_(0.2)
-    compare(x, 2, chunk_size=16, residual_norm=True, forget_to="initial")
+    compare(x, 2, chunk_size=16, residual_norm=True, forget_to=forget_to)
 
 
 def test_operands_of_mixed_dtypes():
