@@ -45,7 +45,8 @@ class Call:
     ) -> "Call":  # fmt: skip
         """Of a call that the table of launches has a row for. checkpoint_every: chunks of a group; None: what GROUP_BYTES hold."""
         batch, tokens, heads, dim = x.q.shape
-        depth, hidden = len(weights), weights[-1].shape[-2]
+        dim, hidden = int(dim), int(weights[-1].shape[-2])  # not symbols, where torch.compile has some
+        depth = len(weights)
         row, tile = row_of(depth, dim, hidden), tile_of(chunk)
         assert row is not None and tile is not None
         dtype = x.v.dtype if x.v.dtype in (torch.bfloat16, torch.float16) else torch.float32

@@ -10,9 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titans_pretrain.kernels.memory_scan.hidden_split import HiddenSplit
-from titans_pretrain.kernels.memory_scan.options import ScanOptions
-from titans_pretrain.kernels.memory_scan.state import MemoryState
 from titans_pretrain.kernels.memory_scan.triton.call import Matrices
 from titans_pretrain.kernels.memory_scan.triton.launch import row_of
 from titans_pretrain.kernels.memory_scan.triton.matrices import first_matrix, last_matrix, moved
@@ -196,22 +193,3 @@ def _slots(weights: Sequence[Tensor], surprise: Sequence[Tensor]) -> list[Tensor
 def _by_batch(x: Tensor) -> Tensor:
     """x [B, H, d_in, d_out] with contiguous rows; rows that are one (an expanded batch) stay one."""
     return x if x[0].is_contiguous() else x.contiguous()
-
-
-def step(
-    q: Tensor, k: Tensor, v: Tensor, forget: Tensor, momentum: Tensor, lr: Tensor, state: MemoryState, *, options: ScanOptions,
-    initial_state: MemoryState | None, hidden_split: HiddenSplit,
-) -> tuple[Tensor, MemoryState]:  # fmt: skip
-    """See memory_step; arguments are validated there."""
-    anchor = state.anchor or state.weights
-    y, *new = memory_step(
-        [q, k, v, forget, momentum, lr], state.weights, state.surprise, anchor,
-        initial_state.weights if options.forget_to == "initial" else (), options.residual_norm, options.damping,
-    )  # fmt: skip
-    offset = (state.offset + 1) % options.chunk_size
-    return y, MemoryState(tuple(new[::2]), tuple(new[1::2]), tuple(anchor) if offset else None, offset)
-
-
-def read(q: Tensor, state: MemoryState, *, residual_norm: bool, hidden_split: HiddenSplit) -> Tensor:
-    """See memory_read; arguments are validated there."""
-    return memory_read(q, state.weights, residual_norm)
