@@ -25,7 +25,9 @@ def test_shapes_without_a_row_are_named():
     sizes = dict(dim=16, hidden=16)
     refused("chunk_size=8: it has depth 1 or 2", inputs(3, 2, **sizes), chunk_size=8)
     refused("chunk_size=96", inputs(3, 2, **sizes), chunk_size=96)
-    refused("state: depth 2, head size 16, hidden size 48; it has depth 1", inputs(3, 2, dim=16, hidden=48), chunk_size=16)
+    refused(
+        "state: depth 2, head size 16, hidden size 48; it has depth 1", inputs(3, 2, dim=16, hidden=48), chunk_size=16
+    )
     refused("state: depth 2, head size 24", inputs(3, 2, dim=24, hidden=24), chunk_size=16)
     refused("state: depth 3", inputs(3, 3, **sizes), 3, chunk_size=16)
     refused("state: it is torch.float64", make(3, 2, device=DEVICE, **sizes), chunk_size=16)
@@ -40,7 +42,11 @@ def test_a_split_memory_is_refused():
 
 def test_without_triton_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(entry, "find_spec", lambda name: None)
-    refused(re.escape("any call: the kernels need triton; pip install 'titans-pretrain[gpu]'"), inputs(3, 2, dim=16), chunk_size=16)
+    refused(
+        re.escape("any call: the kernels need triton; pip install 'titans-pretrain[gpu]'"),
+        inputs(3, 2, dim=16),
+        chunk_size=16,
+    )
 
 
 @interpreted

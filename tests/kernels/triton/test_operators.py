@@ -15,7 +15,9 @@ OPTIONS = dict(chunk_size=16, residual_norm=True, forget_to="initial")
 
 def scan(x, start=None, stop=None, **options):
     state, initial = states(x, 2)
-    y, state = memory_scan(*arguments(x, start, stop), state, initial_state=initial, backend="triton", **OPTIONS, **options)
+    y, state = memory_scan(
+        *arguments(x, start, stop), state, initial_state=initial, backend="triton", **OPTIONS, **options
+    )
     return tensors(y, state)
 
 

@@ -56,7 +56,9 @@ def test_any_split_is_one_call(depth, chunk, cuts, tokens, forget_to, dtype):
     compare(x, depth, cuts, chunk_size=chunk, residual_norm=True, damping=0.7, forget_to=forget_to)
 
 
-@pytest.mark.parametrize("alpha, eta, forget_to", [(1.0, 0.0, "initial"), (0.999, 0.001, "initial"), (0.0, 1.0, "zero")])
+@pytest.mark.parametrize(
+    "alpha, eta, forget_to", [(1.0, 0.0, "initial"), (0.999, 0.001, "initial"), (0.0, 1.0, "zero")]
+)
 def test_the_ends_of_the_gates_ranges(alpha, eta, forget_to):
     x = inputs(35, 2, batch=1, dim=16, hidden=16)
     with torch.no_grad():

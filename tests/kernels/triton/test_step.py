@@ -23,7 +23,9 @@ def test_steps_equal_reference(depth, dim, hidden, norm, forget_to):
         with torch.no_grad():
             state, ys = MemoryState(*(tuple(t[:1] for t in ts) for ts in (state.weights, state.surprise))), []
             for t in range(4):
-                y, state = memory_step(*arguments(given, t, t + 1), state, initial_state=initial, backend=backend, **options)
+                y, state = memory_step(
+                    *arguments(given, t, t + 1), state, initial_state=initial, backend=backend, **options
+                )
                 ys.append(y)
         found.append(tensors(torch.cat(ys, 1), state))
     for i, (p, r) in enumerate(zip(*found, strict=True)):
