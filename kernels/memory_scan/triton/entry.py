@@ -101,7 +101,7 @@ def _refuses_device(q: Tensor) -> str | None:
     if q.device.type != "cuda" and not (q.device.type == "cpu" and _interpreted()):
         return f"q: it is on {q.device.type}, and the kernels are for cuda"
     if not _loaded():
-        return "any call: the kernels need triton; pip install 'titans-pretrain[gpu]'"
+        return "any call: its kernels need triton; pip install 'titans-pretrain[gpu]'"
     if q.device.type == "cuda" and not (8, 0) <= _capability(q.device) < (10, 0):
         return f"q: the kernels are proven on compute capability 8.0 to 9.0, and {q.device} has {_capability(q.device)}"
     return None

@@ -67,49 +67,47 @@ def store_tokens(x, value, n, start, tokens, heads, column, BT: tl.constexpr, WI
 @triton.jit
 def gelu(z):
     """gelu_tanh(z)."""
-    return 0.5 * z * (1 + _tanh(_inner(_bounded(z))))
+    half, _ = _tanh_parts(_bounded(z))
+    return z * half
 
 
 @triton.jit
 def gelu_and_slope(z):
     """gelu_tanh(z) and its derivative. Formulas: chunked/network.py."""
     x = _bounded(z)
-    t = _tanh(_inner(x))
-    half = 0.5 * (1 + t)
-    return z * half, half + 0.5 * (1 - t * t) * z * _inner_slope(x)
+    half, s = _tanh_parts(x)
+    return z * half, half + 0.5 * s * z * _inner_slope(x)
 
 
 @triton.jit
 def gelu_derivatives(z):
     """gelu_tanh(z), its first and its second derivative."""
     x = _bounded(z)
-    t = _tanh(_inner(x))
-    s = 1 - t * t
+    half, s = _tanh_parts(x)
     slope = _inner_slope(x)
-    half = 0.5 * (1 + t)
-    second = s * (2 * slope - SQRT_2_OVER_PI - z * t * slope * slope)
+    second = s * (2 * slope - SQRT_2_OVER_PI - z * (2 * half - 1) * slope * slope)
     return z * half, half + 0.5 * s * z * slope, second
 
 
 @triton.jit
 def _bounded(z):
-    """Beyond 10 the tanh is 1 in float32, and the cube of a large z would overflow."""
-    return tl.minimum(tl.maximum(z, -10.0), 10.0)
+    """Beyond 12 the tanh is 1 in float32, and the cube of a large z would overflow."""
+    return tl.minimum(tl.maximum(z, -12.0), 12.0)
 
 
 @triton.jit
-def _inner(x):
-    return x * SQRT_2_OVER_PI * (1 + x * x * CUBIC)
+def _tanh_parts(x):
+    """(1 + tanh u) / 2 and 1 - tanh(u)^2 at the activation's u(x), neither by a difference of near numbers."""
+    u = x * SQRT_2_OVER_PI * (1 + x * x * CUBIC)
+    small = tl.exp(-2 * tl.abs(u))
+    large = 1 / (1 + small)
+    small *= large
+    return tl.where(u < 0, small, large), 4 * small * large
 
 
 @triton.jit
 def _inner_slope(x):
     return (1 + x * x * (3 * CUBIC)) * SQRT_2_OVER_PI
-
-
-@triton.jit
-def _tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
 
 
 @triton.jit

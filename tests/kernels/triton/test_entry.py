@@ -43,7 +43,7 @@ def test_a_split_memory_is_refused():
 def test_without_triton_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(entry, "find_spec", lambda name: None)
     refused(
-        re.escape("any call: the kernels need triton; pip install 'titans-pretrain[gpu]'"),
+        re.escape("any call: its kernels need triton; pip install 'titans-pretrain[gpu]'"),
         inputs(3, 2, dim=16),
         chunk_size=16,
     )
