@@ -34,6 +34,7 @@ from titans_pretrain.kernels.memory_scan.triton.matrices import (
 from titans_pretrain.kernels.memory_scan.triton.tile import (
     damping_factor,
     dot,
+    gelu,
     gelu_and_slope,
     gelu_derivatives,
     layer_norm_vjp,
@@ -75,87 +76,93 @@ def state_back_kernel(
             )  # fmt: skip
         tl.debug_barrier()
         if tile > group_first:
-            begin_tile(
-                tile - 1, n, j, at1, at2, k, tables, kept, towards, keys_norm, reads, run, exchange, d_keys, d_last, d_carry, tokens,
-                heads, offset, group_first, tiles, DEPTH, D, F, BH, CHUNK, BT, GATES, TO_INITIAL,
+            begin_last_layer(
+                tile - 1, n, j, at1, at2, k, tables, kept, towards, keys_norm, run, exchange, d_last, d_carry, tokens, heads, offset,
+                group_first, tiles, DEPTH, D, F, BH, CHUNK, BT, GATES, TO_INITIAL,
             )  # fmt: skip
+            if DEPTH == 2:
+                tl.debug_barrier()
+                begin_first_layer(
+                    tile - 1, n, j, at1, at2, k, tables, kept, towards, keys_norm, reads, run, exchange, d_keys, d_last, d_carry,
+                    tokens, heads, offset, group_first, tiles, D, F, BH, CHUNK, BT, GATES, TO_INITIAL,
+                )  # fmt: skip
         tl.debug_barrier()
 
 
 @triton.jit
-def begin_tile(
-    tile, n, j, at1, at2, k, tables, kept, towards, keys_norm, reads, run, exchange, d_keys, d_last, d_carry, tokens, heads, offset,
-    group_first, tiles, DEPTH: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr,
-    BT: tl.constexpr, GATES: tl.constexpr, TO_INITIAL: tl.constexpr,
+def begin_last_layer(
+    tile, n, j, at1, at2, k, tables, kept, towards, keys_norm, run, exchange, d_last, d_carry, tokens, heads, offset, group_first, tiles,
+    DEPTH: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
+    GATES: tl.constexpr, TO_INITIAL: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of the state after a tile: the writes' and the carry's adjoint, up to the sum of d_e_L over programs."""
+    """From the gradient of the state after a tile: the last layer's write and carry. Leaves parts of d_e_L, and d_a."""
     NS: tl.constexpr = F // BH
-    start = tile_start(tile, offset, BT)
-    at = tile - group_first
+    start, at, parity = tile_start(tile, offset, BT), tile - group_first, tile % 2
+    programs = tl.num_programs(0).to(tl.int64)
+    e = load_kept(keys_norm[0], n, start, tokens, BT, D)
+    dt = e.dtype
+    if DEPTH == 2:
+        a1, _ = load_anchor(
+            tile, n, at1, at2, kept, towards, offset, group_first, tiles, DEPTH, D, F, CHUNK, BT, TO_INITIAL
+        )
+        a = gelu(dot(load_tokens(k, n, start, tokens, heads, 0, BT, D, D).to(dt), a1))
+    else:
+        a = load_tokens(k, n, start, tokens, heads, j * BH, BT, BH, D)
+    part = ((n * DEPTH + DEPTH - 1) * NS + j) * tiles + at
+    state = moved(kept, (n * (tiles + 1) + 1 + at) * (D * F))
+    d_v, d_s = tl.load(run[2] + at2), tl.load(run[3] + at2)
+    _store_carry(d_carry, part, d_v, d_s, tl.load(state[2] + at2), tl.load(state[3] + at2))
+    d_v, d_s = d_v.to(dt), d_s.to(dt)
+    c, s = load_pair(tables[1], (n * GATES + GATES - 1) * tiles + at, BT)
+    along_v, along_s = dot(e, d_v), dot(e, d_s)
+    store_pair(d_last, part, -tl.sum(a * along_v, 1), -tl.sum(a * along_s, 1), BT)
+    own = (parity * (programs // NS) + n) * BT
+    store_block(exchange[1], -c[:, None] * along_v - s[:, None] * along_s, own, j * BH, F, BT, BH)
+    d_e = dot((-c[:, None] * a).to(dt), tl.trans(d_v))
+    d_e = dot((-s[:, None] * a).to(dt), tl.trans(d_s), d_e)
+    store_block(exchange[0], d_e, (parity * programs + n * NS + j) * BT, 0, D, BT, D)
+
+
+@triton.jit
+def begin_first_layer(
+    tile, n, j, at1, at2, k, tables, kept, towards, keys_norm, reads, run, exchange, d_keys, d_last, d_carry, tokens, heads, offset,
+    group_first, tiles, D: tl.constexpr, F: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
+    GATES: tl.constexpr, TO_INITIAL: tl.constexpr,
+):  # fmt: skip
+    """The first layer's, after begin_last_layer, and back through the deltas: completes this program's part of d_e_L."""
+    NS: tl.constexpr = F // BH
+    start, at, parity = tile_start(tile, offset, BT), tile - group_first, tile % 2
     rows = (n * tiles + at) * BT
     programs = tl.num_programs(0).to(tl.int64)
-    parity = tile % 2
     own = (parity * (programs // NS) + n) * BT
     e = load_kept(keys_norm[0], n, start, tokens, BT, D)
     dt = e.dtype
-    a1, a2 = load_anchor(
-        tile,
-        n,
-        at1,
-        at2,
-        kept,
-        towards,
-        offset,
-        group_first,
-        tiles,
-        DEPTH,
-        D,
-        F,
-        CHUNK,
-        BT,
-        TO_INITIAL,
-    )
-    last = (n * GATES + GATES - 1) * tiles + at
-    part = ((n * DEPTH + DEPTH - 1) * NS + j) * tiles + at
-    c, s = load_pair(tables[1], last, BT)
-    if DEPTH == 2:
-        keys = load_tokens(k, n, start, tokens, heads, 0, BT, D, D)
-        a, slope, curvature = gelu_derivatives(dot(keys.to(dt), a1))
-    else:
-        a = load_tokens(k, n, start, tokens, heads, j * BH, BT, BH, D)
-    d_v, d_s = tl.load(run[2] + at2), tl.load(run[3] + at2)
+    part = (n * 2 * NS + j) * tiles + at
     state = moved(kept, (n * (tiles + 1) + 1 + at) * (D * F))
-    _store_carry(d_carry, part, d_v, d_s, tl.load(state[2] + at2), tl.load(state[3] + at2))
+    d_v, d_s = tl.load(run[0] + at1), tl.load(run[1] + at1)
+    _store_carry(d_carry, part, d_v, d_s, tl.load(state[0] + at1), tl.load(state[1] + at1))
     d_v, d_s = d_v.to(dt), d_s.to(dt)
-    along_v, along_s = dot(e, d_v), dot(e, d_s)
-    store_pair(d_last, part, -tl.sum(a * along_v, 1), -tl.sum(a * along_s, 1), BT)
-    d_a = -c[:, None] * along_v - s[:, None] * along_s
-    d_e = dot((-c[:, None] * a).to(dt), tl.trans(d_v))
-    d_e = dot((-s[:, None] * a).to(dt), tl.trans(d_s), d_e)
-    if DEPTH == 2:
-        if GATES == 2:
-            c, s = load_pair(tables[1], last - tiles, BT)
-        part -= NS * tiles
-        d_v, d_s = tl.load(run[0] + at1), tl.load(run[1] + at1)
-        _store_carry(d_carry, part, d_v, d_s, tl.load(state[0] + at1), tl.load(state[1] + at1))
-        d_v, d_s = d_v.to(dt), d_s.to(dt)
-        back = dot(e, a2)
-        d_e1 = load_block(reads[4], rows, j * BH, F, BT, BH).to(tl.float32)
-        d_e1 = dot((-c[:, None] * keys).to(dt), d_v, d_e1)
-        d_e1 = dot((-s[:, None] * keys).to(dt), d_s, d_e1)
-        d_a += load_block(reads[3], rows, j * BH, F, BT, BH).to(tl.float32)
-        store_block(exchange[1], d_e1 * back * curvature + d_a * slope, own, j * BH, F, BT, BH)
-        d_back = (d_e1 * slope).to(dt)
-        store_block(exchange[2], d_back, own, j * BH, F, BT, BH)
-        d_e = dot(d_back, tl.trans(a2), d_e)
-        e1 = (back * slope).to(dt)
-        along_v, along_s = dot(e1, tl.trans(d_v)), dot(e1, tl.trans(d_s))
-        store_pair(d_last, part, -tl.sum(keys * along_v, 1), -tl.sum(keys * along_s, 1), BT)
-        d_k = -c[:, None] * along_v - s[:, None] * along_s
-        store_block(d_keys, d_k, ((n * NS + j) * tiles + at) * BT, 0, D, BT, D)
-    else:
-        store_block(exchange[1], d_a, own, j * BH, F, BT, BH)
-    store_block(exchange[0], d_e, (parity * programs + n * NS + j) * BT, 0, D, BT, D)
+    c, s = load_pair(tables[1], n * GATES * tiles + at, BT)
+    keys = load_tokens(k, n, start, tokens, heads, 0, BT, D, D)
+    d_e1 = load_block(reads[4], rows, j * BH, F, BT, BH).to(tl.float32)
+    d_e1 = dot((-c[:, None] * keys).to(dt), d_v, d_e1)
+    d_e1 = dot((-s[:, None] * keys).to(dt), d_s, d_e1)
+    a1, a2 = load_anchor(tile, n, at1, at2, kept, towards, offset, group_first, tiles, 2, D, F, CHUNK, BT, TO_INITIAL)
+    _, slope, curvature = gelu_derivatives(dot(keys.to(dt), a1))
+    d_back = (d_e1 * slope).to(dt)
+    store_block(exchange[2], d_back, own, j * BH, F, BT, BH)
+    place = (parity * programs + n * NS + j) * BT
+    d_e = dot(d_back, tl.trans(a2), load_block(exchange[0], place, 0, D, BT, D))
+    store_block(exchange[0], d_e, place, 0, D, BT, D)
+    back = dot(e, a2)
+    d_a = load_block(exchange[1], own, j * BH, F, BT, BH) + load_block(reads[3], rows, j * BH, F, BT, BH).to(tl.float32)
+    store_block(exchange[1], d_e1 * back * curvature + d_a * slope, own, j * BH, F, BT, BH)
+    e1 = (back * slope).to(dt)
+    along_v, along_s = dot(e1, tl.trans(d_v)), dot(e1, tl.trans(d_s))
+    keys = load_tokens(k, n, start, tokens, heads, 0, BT, D, D)
+    store_pair(d_last, part, -tl.sum(keys * along_v, 1), -tl.sum(keys * along_s, 1), BT)
+    d_k = -c[:, None] * along_v - s[:, None] * along_s
+    store_block(d_keys, d_k, ((n * NS + j) * tiles + at) * BT, 0, D, BT, D)
 
 
 @triton.jit
