@@ -1,16 +1,41 @@
-"""Triton kernels compiled for a GPU that need not be there, and what the machine code uses. In a process without TRITON_INTERPRET."""
+"""Triton kernels compiled for a GPU that need not be there, and what their machine code uses.
+
+In a process without TRITON_INTERPRET. What would be launched is recorded from the launching code itself, on tensors without data.
+"""
 
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.bool: "*i1", torch.uint8: "*u8"
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the types of its arguments and the values of its constants, as triton compiles it."""
+
+    kernel: triton.JITFunction
+    types: tuple  # by argument: "*bf16", "i32", "fp32", tuples of these, or "constexpr"
+    constants: tuple
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__.removesuffix("_kernel")
 
 
 @dataclass(frozen=True)
@@ -29,20 +54,55 @@ class Resources:
     miscompiled: int
 
 
-def compile_kernel(kernel, arguments: dict, warps: int, stages: int, arch: int) -> Resources:
-    """arguments: by parameter, a type as triton writes it ("*bf16", "i32", "fp32") or the value of a constexpr."""
-    names = kernel.arg_names
-    assert set(names) == set(arguments), set(names) ^ set(arguments)
-    constants = {p.name for p in kernel.params if p.is_constexpr}
-    aligned = {n for n in names if n not in constants and arguments[n].startswith("*")}
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Nothing is launched here: what would have been, each kind once, is in the list."""
+    found: list[Launch] = []
+
+    def record(kernel, *arguments, grid, warmup, num_warps=4, num_stages=3, **named):
+        bound = kernel.signature.bind(*arguments, **named).arguments
+        constants = tuple(bound[p.name] for p in kernel.params if p.is_constexpr)
+        types = tuple("constexpr" if p.is_constexpr else _type(bound[p.name]) for p in kernel.params)
+        launch = Launch(kernel, types, constants, num_warps, num_stages)
+        if launch not in found:
+            found.append(launch)
+
+    released, triton.JITFunction.run = triton.JITFunction.run, record
+    try:
+        yield found
+    finally:
+        triton.JITFunction.run = released
+
+
+def _type(x):
+    if isinstance(x, tuple):
+        return tuple(_type(y) for y in x)
+    if isinstance(x, Tensor):
+        return TYPES[x.dtype]
+    return "fp32" if isinstance(x, float) else "i32"
+
+
+def compile_launch(launch: Launch, arch: int) -> Resources:
+    """arch: 90 for sm_90."""
+    names = launch.kernel.arg_names
+    constant_at = [(i,) for i, kind in enumerate(launch.types) if kind == "constexpr"]
     source = ASTSource(
-        fn=kernel,
-        signature={n: "constexpr" if n in constants else arguments[n] for n in names},
-        constexprs={(i,): arguments[n] for i, n in enumerate(names) if n in constants},
-        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned},
+        fn=launch.kernel,
+        signature=dict(zip(names, launch.types, strict=True)),
+        constexprs=dict(zip(constant_at, launch.constants, strict=True)),
+        attrs={place: [["tt.divisibility", 16]] for place in _pointers(launch.types)},
     )
-    options = dict(num_warps=warps, num_stages=stages)
+    options = dict(num_warps=launch.warps, num_stages=launch.stages)
     return _resources(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options))
+
+
+def _pointers(types: tuple, place: tuple = ()) -> Iterator[tuple]:
+    """Where there are tensors: their memory is aligned."""
+    for i, kind in enumerate(types):
+        if isinstance(kind, tuple):
+            yield from _pointers(kind, (*place, i))
+        elif kind.startswith("*"):
+            yield (*place, i)
 
 
 def _resources(compiled) -> Resources:
@@ -52,16 +112,20 @@ def _resources(compiled) -> Resources:
         usage = _run("cuobjdump", "-res-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    ir = compiled.asm["ttgir"]
     return Resources(
         registers=registers,
         spilled=stack + local,
         shared=compiled.metadata.shared,
         wgmma=len(re.findall(r"\bHGMMA", code)),
         mma=len(re.findall(r"\bHMMA", code)),
-        miscompiled=len(re.findall(r"local_alloc [^\n]*#linear", ir))
-        + len(re.findall(r"tt\.trans [^\n]*#mma\d*> ?->", ir)),
+        miscompiled=miscompiled(compiled.asm["ttgir"]),
     )
+
+
+def miscompiled(ttgir: str) -> int:
+    stored = re.findall(r"local_alloc [^\n]*#linear", ttgir)
+    transposed = re.findall(r"tt\.trans [^\n]*#mma\d*> ?->", ttgir)
+    return len(stored) + len(transposed)
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -29,13 +29,12 @@ from titans_pretrain.kernels.memory_scan.triton.matrices import (
     first_matrix,
     last_matrix_transposed,
     load_anchor,
-    load_state,
     moved,
-    store_state,
 )
 from titans_pretrain.kernels.memory_scan.triton.tile import (
     damping_factor,
     dot,
+    gelu,
     gelu_and_slope,
     gelu_derivatives,
     layer_norm_vjp,
@@ -64,103 +63,117 @@ def state_back_kernel(
     n, j = (tl.program_id(0) // NS).to(tl.int64), tl.program_id(0) % NS
     at1, at2 = first_matrix(j, D, F, BH), last_matrix_transposed(j, D, BH)
     whole = n * (D * F)
-    here = moved(run, whole)
-    d_v1, d_s1, d_v2, d_s2 = load_state(here, at1, at2, DEPTH)
-    for step in tl.range(steps, num_stages=1):
+    run, d_initial = moved(run, whole), moved(d_initial, whole)
+    d_anchor = d_anchor[0] + whole, d_anchor[1] + whole
+    d_towards = d_towards[0] + whole, d_towards[1] + whole
+    for step in tl.range(steps, num_stages=1, disable_licm=True):
         tile = begin - step
         if tile < group_first + tiles:
-            d_v1, d_s1, d_v2, d_s2 = finish_tile(
-                (d_v1, d_s1, d_v2, d_s2), tile, n, j, at1, at2, q, k, v, tables, kept, towards, keys_norm, reads, d_anchor, d_towards,
-                exchange, d_keys, d_v, eps, tokens, heads, offset, group_first, tiles, DEPTH, D, F, BH, CHUNK, BT, GATES, NORM,
-                TO_INITIAL, ACCUMULATE,
-            )  # fmt: skip
-            if RESETS:
-                flag = reset + (n // heads) * chunks + tile // (CHUNK // BT)
-                if opens_chunk(tile, offset, CHUNK, BT) & (tl.load(flag) != 0):
-                    initial = moved(d_initial, whole)
-                    i_v1, i_s1, i_v2, i_s2 = load_state(initial, at1, at2, DEPTH)
-                    store_state(initial, (i_v1 + d_v1, i_s1 + d_s1, i_v2 + d_v2, i_s2 + d_s2), at1, at2, DEPTH)
-                    d_v1, d_s1 = tl.zeros_like(d_v1), tl.zeros_like(d_s1)
-                    d_v2, d_s2 = tl.zeros_like(d_v2), tl.zeros_like(d_s2)
-        if tile > group_first:
-            begin_tile(
-                (d_v1, d_s1, d_v2, d_s2), tile - 1, n, j, at1, at2, k, tables, kept, towards, keys_norm, reads, exchange, d_keys,
-                d_last, d_carry, tokens, heads, offset, group_first, tiles, DEPTH, D, F, BH, CHUNK, BT, GATES, TO_INITIAL,
+            finish_tile(
+                tile, n, j, at1, at2, q, k, v, tables, reset, kept, towards, keys_norm, reads, run, d_anchor, d_towards, d_initial,
+                exchange, d_keys, d_v, eps, tokens, heads, offset, chunks, group_first, tiles, DEPTH, D, F, BH, CHUNK, BT, GATES, NORM,
+                TO_INITIAL, RESETS, ACCUMULATE,
             )  # fmt: skip
         tl.debug_barrier()
-    store_state(here, (d_v1, d_s1, d_v2, d_s2), at1, at2, DEPTH)
+        if tile > group_first:
+            begin_last_layer(
+                tile - 1, n, j, at1, at2, k, tables, kept, towards, keys_norm, run, exchange, d_last, d_carry, tokens, heads, offset,
+                group_first, tiles, DEPTH, D, F, BH, CHUNK, BT, GATES, TO_INITIAL,
+            )  # fmt: skip
+            if DEPTH == 2:
+                tl.debug_barrier()
+                begin_first_layer(
+                    tile - 1, n, j, at1, at2, k, tables, kept, towards, keys_norm, reads, run, exchange, d_keys, d_last, d_carry,
+                    tokens, heads, offset, group_first, tiles, D, F, BH, CHUNK, BT, GATES, TO_INITIAL,
+                )  # fmt: skip
+        tl.debug_barrier()
 
 
 @triton.jit
-def begin_tile(
-    d_state, tile, n, j, at1, at2, k, tables, kept, towards, keys_norm, reads, exchange, d_keys, d_last, d_carry, tokens, heads,
-    offset, group_first, tiles, DEPTH: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr,
-    BT: tl.constexpr, GATES: tl.constexpr, TO_INITIAL: tl.constexpr,
+def begin_last_layer(
+    tile, n, j, at1, at2, k, tables, kept, towards, keys_norm, run, exchange, d_last, d_carry, tokens, heads, offset, group_first, tiles,
+    DEPTH: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
+    GATES: tl.constexpr, TO_INITIAL: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of the state after a tile: the writes' and the carry's adjoint, up to the sum of d_e_L over programs."""
-    d_v1, d_s1, d_v2, d_s2 = d_state
+    """From the gradient of the state after a tile: the last layer's write and carry. Leaves parts of d_e_L, and d_a."""
     NS: tl.constexpr = F // BH
-    start = tile_start(tile, offset, BT)
-    at = tile - group_first
+    start, at, parity = tile_start(tile, offset, BT), tile - group_first, tile % 2
+    programs = tl.num_programs(0).to(tl.int64)
+    e = load_kept(keys_norm[0], n, start, tokens, BT, D)
+    dt = e.dtype
+    if DEPTH == 2:
+        a1, _ = load_anchor(
+            tile, n, at1, at2, kept, towards, offset, group_first, tiles, DEPTH, D, F, CHUNK, BT, TO_INITIAL
+        )
+        a = gelu(dot(load_tokens(k, n, start, tokens, heads, 0, BT, D, D).to(dt), a1))
+    else:
+        a = load_tokens(k, n, start, tokens, heads, j * BH, BT, BH, D)
+    part = ((n * DEPTH + DEPTH - 1) * NS + j) * tiles + at
+    state = moved(kept, (n * (tiles + 1) + 1 + at) * (D * F))
+    d_v, d_s = tl.load(run[2] + at2), tl.load(run[3] + at2)
+    _store_carry(d_carry, part, d_v, d_s, tl.load(state[2] + at2), tl.load(state[3] + at2))
+    d_v, d_s = d_v.to(dt), d_s.to(dt)
+    c, s = load_pair(tables[1], (n * GATES + GATES - 1) * tiles + at, BT)
+    along_v, along_s = dot(e, d_v), dot(e, d_s)
+    store_pair(d_last, part, -tl.sum(a * along_v, 1), -tl.sum(a * along_s, 1), BT)
+    own = (parity * (programs // NS) + n) * BT
+    store_block(exchange[1], -c[:, None] * along_v - s[:, None] * along_s, own, j * BH, F, BT, BH)
+    d_e = dot((-c[:, None] * a).to(dt), tl.trans(d_v))
+    d_e = dot((-s[:, None] * a).to(dt), tl.trans(d_s), d_e)
+    store_block(exchange[0], d_e, (parity * programs + n * NS + j) * BT, 0, D, BT, D)
+
+
+@triton.jit
+def begin_first_layer(
+    tile, n, j, at1, at2, k, tables, kept, towards, keys_norm, reads, run, exchange, d_keys, d_last, d_carry, tokens, heads, offset,
+    group_first, tiles, D: tl.constexpr, F: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
+    GATES: tl.constexpr, TO_INITIAL: tl.constexpr,
+):  # fmt: skip
+    """The first layer's, after begin_last_layer, and back through the deltas: completes this program's part of d_e_L."""
+    NS: tl.constexpr = F // BH
+    start, at, parity = tile_start(tile, offset, BT), tile - group_first, tile % 2
     rows = (n * tiles + at) * BT
     programs = tl.num_programs(0).to(tl.int64)
-    parity = tile % 2
     own = (parity * (programs // NS) + n) * BT
     e = load_kept(keys_norm[0], n, start, tokens, BT, D)
     dt = e.dtype
-    a1, a2 = load_anchor(
-        tile, n, at1, at2, kept, towards, offset, group_first, tiles, DEPTH, D, F, CHUNK, BT, TO_INITIAL
-    )
-    last = (n * GATES + GATES - 1) * tiles + at
-    part = ((n * DEPTH + DEPTH - 1) * NS + j) * tiles + at
-    c, s = load_pair(tables[1], last, BT)
-    if DEPTH == 2:
-        keys = load_tokens(k, n, start, tokens, heads, 0, BT, D, D)
-        a, slope, curvature = gelu_derivatives(dot(keys.to(dt), a1))
-    else:
-        a = load_tokens(k, n, start, tokens, heads, j * BH, BT, BH, D)
-    along_v, along_s = dot(e, d_v2.to(dt)), dot(e, d_s2.to(dt))
-    store_pair(d_last, part, -tl.sum(a * along_v, 1), -tl.sum(a * along_s, 1), BT)
-    d_a = -c[:, None] * along_v - s[:, None] * along_s
-    d_e = dot((-c[:, None] * a).to(dt), tl.trans(d_v2.to(dt)))
-    d_e = dot((-s[:, None] * a).to(dt), tl.trans(d_s2.to(dt)), d_e)
-    if DEPTH == 2:
-        if GATES == 2:
-            c, s = load_pair(tables[1], last - tiles, BT)
-        back = dot(e, a2)
-        d_e1 = load_block(reads[4], rows, j * BH, F, BT, BH).to(tl.float32)
-        d_e1 = dot((-c[:, None] * keys).to(dt), d_v1.to(dt), d_e1)
-        d_e1 = dot((-s[:, None] * keys).to(dt), d_s1.to(dt), d_e1)
-        d_a += load_block(reads[3], rows, j * BH, F, BT, BH).to(tl.float32)
-        store_block(exchange[1], d_e1 * back * curvature + d_a * slope, own, j * BH, F, BT, BH)
-        d_back = (d_e1 * slope).to(dt)
-        store_block(exchange[2], d_back, own, j * BH, F, BT, BH)
-        d_e = dot(d_back, tl.trans(a2), d_e)
-        e1 = (back * slope).to(dt)
-        along_v, along_s = dot(e1, tl.trans(d_v1.to(dt))), dot(e1, tl.trans(d_s1.to(dt)))
-        store_pair(d_last, part - NS * tiles, -tl.sum(keys * along_v, 1), -tl.sum(keys * along_s, 1), BT)
-        d_k = -c[:, None] * along_v - s[:, None] * along_s
-        store_block(d_keys, d_k, ((n * NS + j) * tiles + at) * BT, 0, D, BT, D)
-    else:
-        store_block(exchange[1], d_a, own, j * BH, F, BT, BH)
-    store_block(exchange[0], d_e, (parity * programs + n * NS + j) * BT, 0, D, BT, D)
-
-    v1, s1, v2, s2 = load_state(moved(kept, (n * (tiles + 1) + 1 + at) * (D * F)), at1, at2, DEPTH)
-    _store_carry(d_carry, part, d_v2, d_s2, v2, s2)
-    if DEPTH == 2:
-        _store_carry(d_carry, part - NS * tiles, d_v1, d_s1, v1, s1)
+    part = (n * 2 * NS + j) * tiles + at
+    state = moved(kept, (n * (tiles + 1) + 1 + at) * (D * F))
+    d_v, d_s = tl.load(run[0] + at1), tl.load(run[1] + at1)
+    _store_carry(d_carry, part, d_v, d_s, tl.load(state[0] + at1), tl.load(state[1] + at1))
+    d_v, d_s = d_v.to(dt), d_s.to(dt)
+    c, s = load_pair(tables[1], n * GATES * tiles + at, BT)
+    keys = load_tokens(k, n, start, tokens, heads, 0, BT, D, D)
+    d_e1 = load_block(reads[4], rows, j * BH, F, BT, BH).to(tl.float32)
+    d_e1 = dot((-c[:, None] * keys).to(dt), d_v, d_e1)
+    d_e1 = dot((-s[:, None] * keys).to(dt), d_s, d_e1)
+    a1, a2 = load_anchor(tile, n, at1, at2, kept, towards, offset, group_first, tiles, 2, D, F, CHUNK, BT, TO_INITIAL)
+    _, slope, curvature = gelu_derivatives(dot(keys.to(dt), a1))
+    d_back = (d_e1 * slope).to(dt)
+    store_block(exchange[2], d_back, own, j * BH, F, BT, BH)
+    place = (parity * programs + n * NS + j) * BT
+    d_e = dot(d_back, tl.trans(a2), load_block(exchange[0], place, 0, D, BT, D))
+    store_block(exchange[0], d_e, place, 0, D, BT, D)
+    back = dot(e, a2)
+    d_a = load_block(exchange[1], own, j * BH, F, BT, BH) + load_block(reads[3], rows, j * BH, F, BT, BH).to(tl.float32)
+    store_block(exchange[1], d_e1 * back * curvature + d_a * slope, own, j * BH, F, BT, BH)
+    e1 = (back * slope).to(dt)
+    along_v, along_s = dot(e1, tl.trans(d_v)), dot(e1, tl.trans(d_s))
+    keys = load_tokens(k, n, start, tokens, heads, 0, BT, D, D)
+    store_pair(d_last, part, -tl.sum(keys * along_v, 1), -tl.sum(keys * along_s, 1), BT)
+    d_k = -c[:, None] * along_v - s[:, None] * along_s
+    store_block(d_keys, d_k, ((n * NS + j) * tiles + at) * BT, 0, D, BT, D)
 
 
 @triton.jit
 def finish_tile(
-    d_state, tile, n, j, at1, at2, q, k, v, tables, kept, towards, keys_norm, reads, d_anchor, d_towards, exchange, d_keys, d_v, eps,
-    tokens, heads, offset, group_first, tiles, DEPTH: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BH: tl.constexpr,
-    CHUNK: tl.constexpr, BT: tl.constexpr, GATES: tl.constexpr, NORM: tl.constexpr, TO_INITIAL: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
+    tile, n, j, at1, at2, q, k, v, tables, reset, kept, towards, keys_norm, reads, run, d_anchor, d_towards, d_initial, exchange,
+    d_keys, d_v, eps, tokens, heads, offset, chunks, group_first, tiles, DEPTH: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    BH: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, GATES: tl.constexpr, NORM: tl.constexpr, TO_INITIAL: tl.constexpr,
+    RESETS: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """From d_e_L: the inner gradient's adjoint; the gradient of the state before the tile, that of the anchor joined at a chunk's
     first."""
-    d_v1, d_s1, d_v2, d_s2 = d_state
     NS: tl.constexpr = F // BH
     start = tile_start(tile, offset, BT)
     at = tile - group_first
@@ -181,58 +194,87 @@ def finish_tile(
         store_tokens(d_v, -2 * d_r, n, start, tokens, heads, 0, BT, D, D)
 
     a1, a2 = load_anchor(
-        tile, n, at1, at2, kept, towards, offset, group_first, tiles, DEPTH, D, F, CHUNK, BT, TO_INITIAL
+        tile,
+        n,
+        at1,
+        at2,
+        kept,
+        towards,
+        offset,
+        group_first,
+        tiles,
+        DEPTH,
+        D,
+        F,
+        CHUNK,
+        BT,
+        TO_INITIAL,
     )
     d_p = load_block(exchange[1], own, j * BH, F, BT, BH)
     last = (n * GATES + GATES - 1) * tiles + at
+    opens = opens_chunk(tile, offset, CHUNK, BT)
+    starts = False
+    if RESETS:
+        starts = opens & (tl.load(reset + (n // heads) * chunks + tile // (CHUNK // BT)) != 0)
     if DEPTH == 2:
         keys = load_tokens(k, n, start, tokens, heads, 0, BT, D, D).to(dt)
         a, slope = gelu_and_slope(dot(keys, a1))
+        a = a.to(dt)
         d_p = (d_p + slope * dot(d_z, a2)).to(dt)
         part = ((n * NS + j) * tiles + at) * BT
         store_block(d_keys, dot(d_p, tl.trans(a1), load_block(d_keys, part, 0, D, BT, D)), part, 0, D, BT, D)
-        e_t = load_tokens_t(keys_norm[0], n, start, tokens, 1, BT, D)
-        d_a2 = dot(tl.trans(d_z), a.to(dt), dot(e_t, load_block(exchange[2], own, j * BH, F, BT, BH)))
-        d_a1 = dot(load_tokens_t(k, n, start, tokens, heads, BT, D).to(dt), d_p)
         first = last - (GATES - 1) * tiles
-        d_v1, d_s1 = _carried(d_v1, d_s1, tables[2] + first * 4)
         beta, f = load_pair(tables[0], first, BT)
-        q_t = load_tokens_t(q, n, start, tokens, heads, BT, D).to(dt)
-        d_pre = load_block(reads[1], rows, j * BH, F, BT, BH)
-        d_v1 = dot(q_t, (beta[:, None] * d_pre.to(tl.float32)).to(dt), d_v1)
-        d_s1 = dot(q_t, (f[:, None] * d_pre.to(tl.float32)).to(dt), d_s1)
+        finish_layer(
+            run[0] + at1, run[1] + at1, d_anchor[0] + at1, d_towards[0] + at1, d_initial[0] + at1, d_initial[1] + at1,
+            dot(load_tokens_t(k, n, start, tokens, heads, BT, D).to(dt), d_p), tables[2] + first * 4, beta, f,
+            load_tokens_t(q, n, start, tokens, heads, BT, D).to(dt), load_block(reads[1], rows, j * BH, F, BT, BH),
+            opens, starts, TO_INITIAL, RESETS, ACCUMULATE,
+        )  # fmt: skip
         x = load_block(reads[0], rows, j * BH, F, BT, BH)
+        d_a2 = dot(
+            load_tokens_t(keys_norm[0], n, start, tokens, 1, BT, D), load_block(exchange[2], own, j * BH, F, BT, BH)
+        )
+        d_a2 = dot(tl.trans(d_z), a, d_a2)
     else:
-        a = load_tokens(k, n, start, tokens, heads, j * BH, BT, BH, D).to(dt)
         store_block(d_keys, dot(d_z, a2, d_p), rows, j * BH, D, BT, BH)
-        d_a2 = dot(tl.trans(d_z), a)
         x = load_tokens(q, n, start, tokens, heads, j * BH, BT, BH, D).to(dt)
-    d_v2, d_s2 = _carried(d_v2, d_s2, tables[2] + last * 4)
+        d_a2 = dot(tl.trans(d_z), load_tokens(k, n, start, tokens, heads, j * BH, BT, BH, D).to(dt))
     beta, f = load_pair(tables[0], last, BT)
-    d_p2_t = load_block_t(reads[2], rows, 0, D, BT, D)
-    d_v2 = dot(d_p2_t, (beta[:, None] * x.to(tl.float32)).to(dt), d_v2)
-    d_s2 = dot(d_p2_t, (f[:, None] * x.to(tl.float32)).to(dt), d_s2)
+    finish_layer(
+        run[2] + at2, run[3] + at2, d_anchor[1] + at2, d_towards[1] + at2, d_initial[2] + at2, d_initial[3] + at2,
+        d_a2, tables[2] + last * 4, beta, f, load_block_t(reads[2], rows, 0, D, BT, D), x,
+        opens, starts, TO_INITIAL, RESETS, ACCUMULATE,
+    )  # fmt: skip
 
-    opens = opens_chunk(tile, offset, CHUNK, BT)
-    whole = n * (D * F)
+
+@triton.jit
+def finish_layer(
+    d_v_at, d_s_at, d_anchor_at, d_towards_at, d_initial_v_at, d_initial_s_at, d_anchor, carry, beta, f, left_t, right, opens, starts,
+    TO_INITIAL: tl.constexpr, RESETS: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """One layer's state from after a tile to before it, in memory. The reads' part is left_t (beta o right), and likewise f, in the
+    orientation of a program's matrices."""
+    dt = right.dtype
+    beta_last, f_last, m_last = tl.load(carry), tl.load(carry + 1), tl.load(carry + 2)
+    d_v, d_s = tl.load(d_v_at), tl.load(d_s_at)
+    d_s = m_last * d_s + f_last * d_v
+    d_v = dot(left_t, (beta[:, None] * right.to(tl.float32)).to(dt), beta_last * d_v)
+    d_s = dot(left_t, (f[:, None] * right.to(tl.float32)).to(dt), d_s)
     if ACCUMULATE:
-        d_a2 += tl.load(d_anchor[1] + whole + at2)
-        tl.store(d_anchor[1] + whole + at2, tl.where(opens, 0.0, d_a2))
-        d_a2 = tl.where(opens, d_a2, 0.0)
-    d_v2 += d_a2
+        d_anchor += tl.load(d_anchor_at)
+        tl.store(d_anchor_at, tl.where(opens, 0.0, d_anchor))
+        d_anchor = tl.where(opens, d_anchor, 0.0)
+    d_v += d_anchor
     if TO_INITIAL:
-        d_t2 = tl.load(d_towards[1] + whole + at2) + d_a2
-        tl.store(d_towards[1] + whole + at2, dot(d_p2_t, x, d_t2))
-    if DEPTH == 2:
-        if ACCUMULATE:
-            d_a1 += tl.load(d_anchor[0] + whole + at1)
-            tl.store(d_anchor[0] + whole + at1, tl.where(opens, 0.0, d_a1))
-            d_a1 = tl.where(opens, d_a1, 0.0)
-        d_v1 += d_a1
-        if TO_INITIAL:
-            d_t1 = tl.load(d_towards[0] + whole + at1) + d_a1
-            tl.store(d_towards[0] + whole + at1, dot(q_t, d_pre, d_t1))
-    return d_v1, d_s1, d_v2, d_s2
+        tl.store(d_towards_at, dot(left_t, right, tl.load(d_towards_at) + d_anchor))
+    if RESETS:
+        if starts:
+            tl.store(d_initial_v_at, tl.load(d_initial_v_at) + d_v)
+            tl.store(d_initial_s_at, tl.load(d_initial_s_at) + d_s)
+        d_v, d_s = tl.where(starts, 0.0, d_v), tl.where(starts, 0.0, d_s)
+    tl.store(d_v_at, d_v)
+    tl.store(d_s_at, d_s)
 
 
 @triton.jit
@@ -251,12 +293,6 @@ def norm_adjoint(d_e, k, v, keys_norm, n, start, tokens, heads, eps, D: tl.const
     along_r, along_d = tl.sum(r * normed, 1), tl.sum(d_e * normed, 1)
     d_n = 2 * d_r - (rstd / D)[:, None] * (along_r[:, None] * d_e + along_d[:, None] * r)
     return layer_norm_vjp(d_n, normed, rstd, D) + (d_std / D)[:, None] * normed, d_r
-
-
-@triton.jit
-def _carried(d_v, d_s, carry):
-    beta, f, m = tl.load(carry), tl.load(carry + 1), tl.load(carry + 2)
-    return beta * d_v, m * d_s + f * d_v
 
 
 @triton.jit
