@@ -39,7 +39,8 @@ def memory_scan(
     """forward.Results, flat."""
     options = (depth, offset, chunk_size, residual_norm, damping, to_initial, checkpoint_every)
     call, x, given = _arguments(tokens, states, reset, *options)
-    return forward(call, x, given, reset, differentiable).flat()
+    with torch.cuda.device_of(x.q):
+        return forward(call, x, given, reset, differentiable).flat()
 
 
 @memory_scan.register_fake
@@ -61,7 +62,8 @@ def memory_scan_backward(
     call, x, given = _arguments(tokens, states, reset, *options)
     by_layers = [tuple(d_states[i : i + depth]) for i in range(0, len(d_states), depth)]
     d_after = States(by_layers[0], by_layers[1], by_layers[2] if call.ends_half else None, None, None)
-    d_tokens, d_given = backward(call, x, given, reset, Results(d_y, [], [], [], *saved), d_y, d_after)
+    with torch.cuda.device_of(x.q):
+        d_tokens, d_given = backward(call, x, given, reset, Results(d_y, [], [], [], *saved), d_y, d_after)
     return [d.to(t.dtype) for d, t in zip((*d_tokens, *d_given.flat()), (*tokens, *states), strict=True)]
 
 

@@ -151,11 +151,12 @@ def memory_step(
     batch, _, heads, dim = q.shape
     depth, hidden = len(weights), weights[-1].shape[-2]
     kernel = row_of(depth, dim, hidden).step
-    step_kernel[(batch * heads,)](
-        q, k, v, forget, momentum, lr, Matrices.of(state), (anchors[0], anchors[-1]), (towards[0], towards[-1]), Matrices.of(new), y,
-        damping * hidden, heads, towards[0].stride(0), towards[-1].stride(0), DEPTH=depth, D=dim, F=hidden, BH=kernel.hidden, GATES=forget.shape[-1],
-        NORM=residual_norm, TO_INITIAL=len(initial) > 0, num_warps=kernel.warps, num_stages=kernel.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        step_kernel[(batch * heads,)](
+            q, k, v, forget, momentum, lr, Matrices.of(state), (anchors[0], anchors[-1]), (towards[0], towards[-1]), Matrices.of(new),
+            y, damping * hidden, heads, towards[0].stride(0), towards[-1].stride(0), DEPTH=depth, D=dim, F=hidden, BH=kernel.hidden,
+            GATES=forget.shape[-1], NORM=residual_norm, TO_INITIAL=len(initial) > 0, num_warps=kernel.warps, num_stages=kernel.stages,
+        )  # fmt: skip
     return [y, *new]
 
 
@@ -174,10 +175,11 @@ def memory_read(q: Tensor, weights: Sequence[Tensor], residual_norm: bool) -> Te
     kernel = row_of(depth, dim, hidden).step
     tile = 16 if tokens <= 16 else 64
     tiles = triton.cdiv(tokens, tile)
-    network_kernel[(batch * heads * tiles,)](
-        q, (given[0], given[-1]), y, tokens, heads, tiles, given[0].stride(0), given[-1].stride(0), DEPTH=depth, D=dim, F=hidden,
-        BH=kernel.hidden, BT=tile, NORM=residual_norm, num_warps=kernel.warps, num_stages=kernel.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        network_kernel[(batch * heads * tiles,)](
+            q, (given[0], given[-1]), y, tokens, heads, tiles, given[0].stride(0), given[-1].stride(0), DEPTH=depth, D=dim, F=hidden,
+            BH=kernel.hidden, BT=tile, NORM=residual_norm, num_warps=kernel.warps, num_stages=kernel.stages,
+        )  # fmt: skip
     return y
 
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from titans_pretrain.kernels.memory_scan import memory_read, memory_scan, memory_step
 from titans_pretrain.kernels.memory_scan.triton import operators, step
 
-SIZES = dict(batch=1, dim=16, hidden=16)
+SIZES = dict(batch=1, heads=1, dim=16, hidden=16)
 OPTIONS = dict(chunk_size=16, residual_norm=True, forget_to="initial")
 
 
@@ -22,7 +22,7 @@ def scan(x, start=None, stop=None, **options):
 
 
 def test_opcheck():
-    x = inputs(19, 2, **SIZES)
+    x = inputs(3, 2, **SIZES)
     state, initial = states(x, 2)
     given = [*state.weights, *state.surprise, *initial.weights, *initial.surprise]
     flat = (arguments(x), given, None, 2, 0, 16, True, 0.7, True, None, True)
@@ -41,7 +41,7 @@ def test_opcheck_of_step_and_read():
 def test_compiles_whole():
     """One graph with its backward pass; step and read too."""
     torch.compiler.reset()
-    x = inputs(19, 2, **SIZES)
+    x = inputs(3, 2, **SIZES)
     expected = scan(x)
     compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
     found = compiled(x)

@@ -15,7 +15,7 @@ SHAPES = [(2, 32, 64), (1, 32, None)]
 def test_steps_equal_reference(depth, dim, hidden, norm, forget_to):
     """Over a chunk's end; one of the states is of batch 1."""
     gates = depth if forget_to == "zero" else 1
-    x = inputs(4, depth, batch=2, gates=gates, dim=dim, hidden=hidden)
+    x = inputs(4, depth, batch=2, heads=1, gates=gates, dim=dim, hidden=hidden)
     options = dict(chunk_size=3, residual_norm=norm, damping=0.7 * norm, forget_to=forget_to)
     found = []
     for given, backend in ((x, "triton"), (doubled(x), "reference")):
