@@ -37,6 +37,12 @@ class Launch:
     def name(self) -> str:
         return self.kernel.fn.__name__.removesuffix("_kernel")
 
+    @property
+    def hidden(self) -> int:
+        """Rows of the last matrix that a program works on; 0: none."""
+        names = [p.name for p in self.kernel.params if p.is_constexpr]
+        return dict(zip(names, self.constants, strict=True)).get("BH", 0)
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -126,6 +132,10 @@ def miscompiled(ttgir: str) -> int:
     stored = re.findall(r"local_alloc [^\n]*#linear", ttgir)
     transposed = re.findall(r"tt\.trans [^\n]*#mma\d*> ?->", ttgir)
     return len(stored) + len(transposed)
+
+
+def ptxas_version() -> str:
+    return re.search(r"release ([\d.]+)", _run("ptxas", "--version"))[1]
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -51,11 +51,11 @@ def load_tokens_t(x, n, start, tokens, heads, BT: tl.constexpr, D: tl.constexpr)
 
 
 @triton.jit
-def store_tokens_t(x, value, n, start, tokens, heads, BT: tl.constexpr, D: tl.constexpr):
-    """Rows of a tile of x [B, T, H, D] from [D, BT], in x's dtype."""
+def store_tokens_t(x, value, n, start, tokens, heads, column, BT: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Columns [column, column + WIDTH) of a tile's rows of x [B, T, H, D], from [WIDTH, BT], in x's dtype."""
     exists = rows_that_exist(start, tokens, BT)
-    offsets = tl.arange(0, BT)[None, :] * (heads * D) + tl.arange(0, D)[:, None]
-    pointers = x + token_index(n, start, tokens, heads) * D + offsets
+    offsets = tl.arange(0, BT)[None, :] * (heads * D) + tl.arange(0, WIDTH)[:, None]
+    pointers = x + token_index(n, start, tokens, heads) * D + column + offsets
     tl.store(pointers, value.to(x.dtype.element_ty), mask=exists[None, :])
 
 

@@ -28,20 +28,20 @@ class Row:
 
 
 def _row(state: Kernel, read: Kernel, read_back: Kernel, state_back: Kernel, step: Kernel) -> Row:
-    return Row(Kernel(0, 4, 1), state, read, read_back, state_back, Kernel(0, 4, 1), step)
+    return Row(Kernel(0, 8, 1), state, read, read_back, state_back, Kernel(0, 8, 1), step)
 
 
-# (depth, head size D) -> row. The small heads are those of tests.
+# (depth, head size D) -> row. The small heads are those of tests. What each uses: benchmarks/results/kernel_resources.md.
 _TINY = _row(*(Kernel(16, 4, 1),) * 5)
 ROWS: dict[tuple[int, int], Row] = {
     (1, 16): _TINY,
     (1, 32): _TINY,
-    (1, 64): _row(*(Kernel(64, 4, 1),) * 5),
-    (1, 128): _row(*(Kernel(64, 4, 1),) * 5),
+    (1, 64): _row(Kernel(64, 8, 1), Kernel(64, 4, 1), Kernel(64, 4, 1), Kernel(64, 8, 1), Kernel(64, 4, 1)),
+    (1, 128): _row(Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(64, 4, 1)),
     (2, 16): _TINY,
     (2, 32): _TINY,
-    (2, 64): _row(*(Kernel(64, 8, 1),) * 5),
-    (2, 128): _row(*(Kernel(32, 8, 1),) * 5),
+    (2, 64): _row(Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(32, 4, 1), Kernel(64, 4, 1), Kernel(64, 8, 1)),
+    (2, 128): _row(Kernel(32, 8, 1), Kernel(32, 8, 1), Kernel(32, 8, 1), Kernel(32, 8, 1), Kernel(32, 8, 1)),
 }
 
 

@@ -51,11 +51,11 @@ def last_layer_kernel(
     last = at + (GATES - 1) * tiles
     square = (n * tiles + tile) * BT
 
-    q_rows = load_tokens(q, n, start, tokens, heads, 0, BT, D, D).to(dt)
-    k_rows = load_tokens(k, n, start, tokens, heads, 0, BT, D, D).to(dt)
     e_rows = load_kept(e, n, start, tokens, BT, D)
     beta, f = load_pair(read, last, BT)
     if DEPTH == 2:
+        q_rows = load_tokens(q, n, start, tokens, heads, 0, BT, D, D).to(dt)
+        k_rows = load_tokens(k, n, start, tokens, heads, 0, BT, D, D).to(dt)
         beta1, f1 = load_pair(read, at, BT)
         masked = (load_block(G, at * BT, 0, BT, BT, BT) * dot(q_rows, tl.trans(k_rows))).to(dt)
         store_block(masked1, masked, square, 0, BT, BT, BT)
@@ -81,10 +81,10 @@ def last_layer_kernel(
                 BH,
                 TO_INITIAL,
             )
-            overlap = dot(x.to(dt), tl.trans(a), overlap)
         else:
-            x = q_rows.to(tl.float32)
-            overlap = dot(q_rows, tl.trans(k_rows), overlap)
+            x = load_tokens(q, n, start, tokens, heads, column, BT, BH, D)
+            a = load_tokens(k, n, start, tokens, heads, column, BT, BH, D).to(dt)
+        overlap = dot(x.to(dt), tl.trans(a), overlap)
         if NORM:
             z = dot((beta[:, None] * x).to(dt), load_block(kept[2] + here, column, 0, D, BH, D), z)
             z = dot((f[:, None] * x).to(dt), load_block(kept[3] + here, column, 0, D, BH, D), z)
@@ -106,14 +106,19 @@ def last_layer_kernel(
     if DEPTH == 2:
         store_block(d_overlap2, d_overlap, square, 0, BT, BT, BT)
     else:
-        d_x, d_beta, d_f = _through_state(
-            d_p, q_rows.to(tl.float32), beta, f, kept, towards, here, n * D * D, 0, D, D, TO_INITIAL
-        )
-        d_x -= dot(d_overlap, k_rows)
-        if NORM:
-            d_x += load_tokens(d_y, n, start, tokens, heads, 0, BT, D, D)
-        store_tokens(d_q, d_x, n, start, tokens, heads, 0, BT, D, D)
-        store_tokens_t(d_k, -dot(tl.trans(q_rows), d_overlap), n, start, tokens, heads, BT, D)
+        d_beta, d_f = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
+        for column in range(0, F, BH):
+            x = load_tokens(q, n, start, tokens, heads, column, BT, BH, D)
+            d_x, d_beta_here, d_f_here = _through_state(
+                d_p, x, beta, f, kept, towards, here, n * (D * F), column, D, BH, TO_INITIAL
+            )
+            d_beta += d_beta_here
+            d_f += d_f_here
+            d_x -= dot(d_overlap, load_tokens(k, n, start, tokens, heads, column, BT, BH, D).to(dt))
+            if NORM:
+                d_x += load_tokens(d_y, n, start, tokens, heads, column, BT, BH, D)
+            store_tokens(d_q, d_x, n, start, tokens, heads, column, BT, BH, D)
+            store_tokens_t(d_k, -dot(tl.trans(x.to(dt)), d_overlap), n, start, tokens, heads, column, BT, BH, D)
         store_pair(d_read, last, d_beta, d_f, BT)
 
 
@@ -192,7 +197,7 @@ def hidden_kernel(
     if NORM:
         d_q_rows += load_tokens(d_y, n, start, tokens, heads, 0, BT, D, D)
     store_tokens(d_q, d_q_rows, n, start, tokens, heads, 0, BT, D, D)
-    store_tokens_t(d_k, -dot(tl.trans(q_rows), d_overlap), n, start, tokens, heads, BT, D)
+    store_tokens_t(d_k, -dot(tl.trans(q_rows), d_overlap), n, start, tokens, heads, 0, BT, D, D)
     d_mask = -along * dot(q_rows, tl.trans(k_rows))
     if GATES == 2:
         store_pair(d_read, last, d_beta, d_f, BT)
@@ -258,7 +263,7 @@ def read_back(
     given_of_both = (d_y, tokens.q, tokens.k, given.e, given.states, given.towards, tables.G, tables.read, d_q, d_k)
     numbers = (call.tokens, call.heads, call.offset, group.first, group.tiles)
     options = dict(
-        D=call.dim, F=call.hidden, BH=kernel.hidden if inner else call.dim, BT=call.tile, CHUNK=call.chunk, GATES=call.gates,
+        D=call.dim, F=call.hidden, BH=kernel.hidden, BT=call.tile, CHUNK=call.chunk, GATES=call.gates,
         NORM=call.residual_norm, TO_INITIAL=call.to_initial, num_warps=kernel.warps, num_stages=kernel.stages,
     )  # fmt: skip
     grid = (call.n * group.tiles,)

@@ -35,7 +35,6 @@ def tables_back_kernel(
     theta = tl.load(lr + gates, mask=exists, other=0.0).to(tl.float32)
     at = head_gate * tiles + tile
     square = at * BT * BT + row * BT + column
-    G_before = tl.load(G + square - BT, mask=before[:, None], other=0.0)
     pairs = at * BT * 2 + t * 2
     beta_before = tl.load(read + pairs - 2, mask=before, other=1.0)
     f_before = tl.load(read + pairs - 1, mask=before, other=0.0)
@@ -49,6 +48,7 @@ def tables_back_kernel(
 
     decay = _transposed_decay(keep, BT)
     lam = tl.where(row >= column, dot(decay, d_rows), 0.0)
+    G_before = tl.load(G + square - BT, mask=before[:, None], other=0.0)
     lam_beta = tl.sum(decay * d_beta[None, :], 1)
     lam_f = tl.sum(decay * d_f[None, :], 1)
     d_alpha = -(tl.sum(lam * G_before, 1) + lam_beta * beta_before + lam_f * f_before)

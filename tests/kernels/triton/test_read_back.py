@@ -23,6 +23,10 @@ def test_read_back(depth, gates, norm, tokens, offset, to_initial):
     check(Case(tokens, offset, depth=depth, gates=gates, norm=norm, to_initial=to_initial, chunk=32), 2e-5)
 
 
+def test_columns_of_depth_one():
+    check(Case(20, 3, depth=1, dim=32, block=16), 2e-5)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_bfloat16(depth):
     check(Case(37, 5, depth=depth, to_initial=True, dtype=torch.bfloat16), 2e-2)
