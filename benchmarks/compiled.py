@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -134,8 +135,9 @@ def miscompiled(ttgir: str) -> int:
     return len(stored) + len(transposed)
 
 
-def ptxas_version() -> str:
-    return re.search(r"release ([\d.]+)", _run("ptxas", "--version"))[1]
+def ptxas_version(arch: int) -> str:
+    """Of the one that triton takes."""
+    return re.search(r"release ([\d.]+)", get_ptxas_version(arch))[1]
 
 
 def _run(tool: str, *arguments: str) -> str:

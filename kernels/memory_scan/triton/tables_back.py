@@ -22,46 +22,52 @@ def tables_back_kernel(
     n, gate = head_gate // GATES, head_gate % GATES
     start = tile_start(first + tile, offset, BT)
     t = tl.arange(0, BT)
-    row, column = t[:, None], t[None, :]
+    row = t[:, None]
     last = tl.minimum(BT, tokens - start) - 1
 
     # What is missing neither forgets nor writes; the row before each row is loaded as such, which needs no shift in registers.
     exists = rows_that_exist(start, tokens, BT)
     before = exists & (start + t > 0) & (t > 0)
-    gates = (token_index(n, start, tokens, heads) + t * heads) * GATES + gate
-    keep = 1 - tl.load(forget + gates, mask=exists, other=0.0).to(tl.float32)
-    eta = tl.load(momentum + gates, mask=exists, other=1.0).to(tl.float32)
-    eta_before = tl.load(momentum + gates - heads * GATES, mask=before, other=1.0).to(tl.float32)
-    theta = tl.load(lr + gates, mask=exists, other=0.0).to(tl.float32)
+    gates = token_index(n, start, tokens, heads) * GATES + gate
+    mine = gates + t * (heads * GATES)
+    keep = 1 - tl.load(forget + mine, mask=exists, other=0.0).to(tl.float32)
+    eta = tl.load(momentum + mine, mask=exists, other=1.0).to(tl.float32)
+    eta_before = tl.load(momentum + mine - heads * GATES, mask=before, other=1.0).to(tl.float32)
     at = head_gate * tiles + tile
-    square = at * BT * BT + row * BT + column
     pairs = at * BT * 2 + t * 2
-    beta_before = tl.load(read + pairs - 2, mask=before, other=1.0)
-    f_before = tl.load(read + pairs - 1, mask=before, other=0.0)
-    m_before = tl.cumprod(eta_before, 0)
-
-    # What the state gave of a tile's last row.
-    is_last = t == last
-    d_rows = tl.load(d_G + square) + tl.where(is_last[:, None], tl.load(d_last + pairs)[None, :], 0.0)
-    d_beta = tl.load(d_read + pairs) + tl.where(is_last, tl.load(d_carry + at * 4), 0.0)
-    d_f = tl.load(d_read + pairs + 1) + tl.where(is_last, tl.load(d_carry + at * 4 + 1), 0.0)
+    is_last = t == last  # and what the state gave of a tile's last row
 
     decay = _transposed_decay(keep, BT)
-    lam = tl.where(row >= column, dot(decay, d_rows), 0.0)
-    G_before = tl.load(G + square - BT, mask=before[:, None], other=0.0)
-    lam_beta = tl.sum(decay * d_beta[None, :], 1)
-    lam_f = tl.sum(decay * d_f[None, :], 1)
-    d_alpha = -(tl.sum(lam * G_before, 1) + lam_beta * beta_before + lam_f * f_before)
-    tl.store(d_forget + gates, d_alpha, mask=exists)
-
-    lam += tl.where(is_last[:, None] & (row >= column), tl.load(d_last + pairs + 1)[None, :], 0.0)
+    d_beta = tl.load(d_read + pairs) + tl.where(is_last, tl.load(d_carry + at * 4), 0.0)
+    d_f = tl.load(d_read + pairs + 1) + tl.where(is_last, tl.load(d_carry + at * 4 + 1), 0.0)
+    lam_beta, lam_f = tl.sum(decay * d_beta[None, :], 1), tl.sum(decay * d_f[None, :], 1)
+    d_alpha = lam_beta * tl.load(read + pairs - 2, mask=before, other=1.0)
+    d_alpha += lam_f * tl.load(read + pairs - 1, mask=before, other=0.0)
     lam_f += tl.where(is_last, tl.load(d_carry + at * 4 + 2), 0.0)
     decay = _transposed_decay(eta, BT)
-    mu = dot(decay, lam)
-    mu_m = tl.sum(decay * lam_f[None, :], 1)
-    N_before = tl.where(row > column, tl.cumprod(tl.where(row - 1 > column, eta_before[:, None], 1.0), 0), 0.0) * theta
-    tl.store(d_momentum + gates, tl.sum(mu * N_before, 1) + mu_m * m_before, mask=exists)
-    tl.store(d_lr + gates, tl.sum(tl.where(row == column, mu, 0.0), 1), mask=exists)
+    d_eta = tl.sum(decay * lam_f[None, :], 1) * tl.cumprod(eta_before, 0)
+    d_theta = tl.zeros([BT], tl.float32)
+
+    COLUMNS: tl.constexpr = min(BT, 32)  # at a time: so that a thread's registers suffice
+    for first_column in tl.range(0, BT, COLUMNS, num_stages=1, disable_licm=True):
+        columns = first_column + tl.arange(0, COLUMNS)
+        column = columns[None, :]
+        square = at * BT * BT + row * BT + column
+        pairs = at * BT * 2 + columns * 2
+        d_rows = tl.load(d_G + square) + tl.where(is_last[:, None], tl.load(d_last + pairs)[None, :], 0.0)
+        lam = tl.where(row >= column, dot(_transposed_decay(keep, BT), d_rows), 0.0)
+        d_alpha += tl.sum(lam * tl.load(G + square - BT, mask=before[:, None], other=0.0), 1)
+        lam += tl.where(is_last[:, None] & (row >= column), tl.load(d_last + pairs + 1)[None, :], 0.0)
+        mu = dot(_transposed_decay(eta, BT), lam)
+        position = start + columns
+        written = (position >= 0) & (position < tokens)
+        theta = tl.load(lr + gates + columns * (heads * GATES), mask=written, other=0.0).to(tl.float32)
+        decayed = tl.cumprod(tl.where(row - 1 > column, eta_before[:, None], 1.0), 0)
+        d_eta += tl.sum(mu * tl.where(row > column, decayed, 0.0) * theta[None, :], 1)
+        d_theta += tl.sum(tl.where(row == column, mu, 0.0), 1)
+    tl.store(d_forget + mine, -d_alpha, mask=exists)
+    tl.store(d_momentum + mine, d_eta, mask=exists)
+    tl.store(d_lr + mine, d_theta, mask=exists)
 
 
 @triton.jit
