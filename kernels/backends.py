@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def serves_all(**arguments) -> None:
-    """`refuses` of a backend that serves every call that the contract allows."""
+    """`refuses` of a backend that serves every call that the contract allows, `leaves` of one that "auto" may always take."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class Backend:
     run: called with the arguments of the contract, checked, by keyword.
     refuses: called with the same; from devices, dtypes and shapes alone, which argument it cannot serve and why
     ("q: float64, and it has float32 and bfloat16 only"), or None. It must not read a tensor's values.
+    leaves: likewise, what of a call that it can serve "auto" should leave to the next.
     """
 
     name: str
     run: Callable
     refuses: Callable[..., str | None] = serves_all
+    leaves: Callable[..., str | None] = serves_all
 
 
 def choose(kernel: str, backends: Sequence[Backend], wanted: str, arguments: dict) -> Backend:
@@ -41,12 +43,14 @@ def choose(kernel: str, backends: Sequence[Backend], wanted: str, arguments: dic
     for backend in backends:
         if wanted not in ("auto", backend.name):
             continue
-        reason = backend.refuses(**arguments)
-        if reason is None:
+        if (reason := backend.refuses(**arguments)) is not None:
+            refused.append(f"backend={backend.name} cannot serve {reason}")
+        elif wanted == "auto" and (reason := backend.leaves(**arguments)) is not None:
+            refused.append(f"backend={backend.name} leaves {reason}")
+        else:
             if wanted == "auto":
                 _log_choice(kernel, backend.name, "; ".join(refused))
             return backend
-        refused.append(f"backend={backend.name} cannot serve {reason}")
     raise ValueError(f"{kernel}: {'; '.join(refused)}")
 
 

@@ -9,11 +9,24 @@ from titans_pretrain.kernels.memory_scan.chunked import scan, step
 from titans_pretrain.kernels.memory_scan.hidden_split import WHOLE, HiddenSplit
 from titans_pretrain.kernels.memory_scan.options import ScanOptions
 from titans_pretrain.kernels.memory_scan.state import MemoryState
+from titans_pretrain.kernels.memory_scan.triton import entry as triton
 
 # In the order in which "auto" tries them.
-SCAN = (Backend("chunked", scan.scan), Backend("reference", reference.scan, reference.refuses))
-STEP = (Backend("chunked", step.step), Backend("reference", reference.scan, reference.refuses))
-READ = (Backend("chunked", step.read), Backend("reference", reference.read, reference.refuses))
+SCAN = (
+    Backend("triton", triton.scan, triton.refuses_scan, triton.leaves),
+    Backend("chunked", scan.scan),
+    Backend("reference", reference.scan, reference.refuses),
+)
+STEP = (
+    Backend("triton", triton.step, triton.refuses_step, triton.leaves),
+    Backend("chunked", step.step),
+    Backend("reference", reference.scan, reference.refuses),
+)
+READ = (
+    Backend("triton", triton.read, triton.refuses_step, triton.leaves),
+    Backend("chunked", step.read),
+    Backend("reference", reference.read, reference.refuses),
+)
 
 
 def memory_scan(
@@ -57,7 +70,8 @@ def memory_scan(
     initial_state           batch 1 or B; needed by reset and forget_to="initial". Gradients flow to it
     checkpoint_every        chunks between the states saved for the backward pass, a matter of memory and not of the function; None
                             chooses. Long chunks have more than one
-    backend                 "auto", "chunked" (dual form, hand-written backward) or "reference" (token loop, the oracle)
+    backend                 "auto", "triton" (kernels for CUDA, a table of shapes), "chunked" (dual form in torch, any device) or
+                            "reference" (token loop, the oracle)
     hidden_split            how ranks meet that each hold a part of the hidden size F of memories of depth 2: states are
                             [.., D, F_rank] and [.., F_rank, D], all else is the same on every rank, outputs and the gradients
                             of q, k, v and the gates too, to the bit. One sum per tile and one per span, each way

@@ -9,36 +9,39 @@ HEADS, DIM, HIDDEN = 2, 6, 10
 TOKENS = ("q", "k", "v", "forget", "momentum", "lr")
 
 
-def widths(depth):
-    return [DIM, *[HIDDEN + i for i in range(depth - 1)], DIM]
+def widths(depth, dim=DIM, hidden=None):
+    return [dim, *[hidden or HIDDEN + i for i in range(depth - 1)], dim]
 
 
-def make(tokens, depth, *, batch=2, gates=1, seed=0, dtype=torch.float64, device="cpu"):
-    """Inputs with gates that contain exact 0 and 1; all require gradients. The same numbers on every device."""
+def make(
+    tokens, depth, *, batch=2, heads=HEADS, gates=1, dim=DIM, hidden=None, seed=0, dtype=torch.float64, device="cpu"
+):
+    """Inputs with gates that contain exact 0 and 1; all require gradients. The same numbers on every device. hidden: F; None: one for
+    each layer."""
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     def gate(high):
-        x = torch.rand(batch, tokens, HEADS, gates, generator=g, dtype=torch.float64) * high
+        x = torch.rand(batch, tokens, heads, gates, generator=g, dtype=torch.float64) * high
         kind = torch.randint(0, 8, x.shape, generator=g)
         return torch.where(kind == 0, torch.zeros_like(x), torch.where(kind == 1, torch.full_like(x, high), x))
 
     x = {
-        "q": randn(batch, tokens, HEADS, DIM),
-        "k": torch.nn.functional.normalize(randn(batch, tokens, HEADS, DIM), dim=-1),
-        "v": randn(batch, tokens, HEADS, DIM),
+        "q": randn(batch, tokens, heads, dim),
+        "k": torch.nn.functional.normalize(randn(batch, tokens, heads, dim), dim=-1),
+        "v": randn(batch, tokens, heads, dim),
         "forget": gate(1.0),
         "momentum": gate(1.0),
         "lr": gate(0.1),
     }
-    w = widths(depth)
+    w = widths(depth, dim, hidden)
     for i in range(depth):
-        x[f"weight{i}"] = randn(batch, HEADS, w[i], w[i + 1]) / w[i] ** 0.5
-        x[f"surprise{i}"] = 0.1 * randn(batch, HEADS, w[i], w[i + 1])
-        x[f"init{i}"] = randn(1, HEADS, w[i], w[i + 1]) / w[i] ** 0.5
-        x[f"init_surprise{i}"] = 0.1 * randn(1, HEADS, w[i], w[i + 1])
+        x[f"weight{i}"] = randn(batch, heads, w[i], w[i + 1]) / w[i] ** 0.5
+        x[f"surprise{i}"] = 0.1 * randn(batch, heads, w[i], w[i + 1])
+        x[f"init{i}"] = randn(1, heads, w[i], w[i + 1]) / w[i] ** 0.5
+        x[f"init_surprise{i}"] = 0.1 * randn(1, heads, w[i], w[i + 1])
     return {name: t.to(device, dtype).requires_grad_() for name, t in x.items()}
 
 

@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-NOT_INSTALLED = {"triton", "flash-attn", "wandb"}  # of extras that the tests go without
+NOT_INSTALLED = {"flash-attn", "wandb"}  # of extras that the tests go without
 # Reached through interfaces that are private, or that new versions rename and change.
 CHANGING = {"torch", "transformers", "tokenizers", "deepspeed", "megatron-core", "webdataset", "pydantic", "omegaconf"}
 

@@ -1,0 +1,165 @@
+"""What the memory scan's Triton kernels use of a GPU: registers, spills, shared memory, tensor-core instructions.
+
+Every row of the table of launches is compiled as the scan would launch it, in bfloat16, with residual_norm, forgetting to the initial
+weights and resets. No GPU is needed. benchmarks/results/kernel_resources.md holds the figures; a test compares some with them.
+
+    python -m benchmarks.kernel_resources                        # sm_90, all rows, a few minutes
+    python -m benchmarks.kernel_resources --only 1-64 --arch 80 90 100
+    pip install --target DIR triton==3.6.0 && python -m benchmarks.kernel_resources --triton DIR
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import asdict, dataclass
+
+from benchmarks.common import Bar, argument_parser, finish, markdown_table
+
+SHARED = 227 * 1024  # bytes that a program can have on sm_90
+
+
+@dataclass(frozen=True)
+class Shape:
+    """depth, head size, rows of the last matrix by head size, chunk."""
+
+    depth: int
+    dim: int
+    expansion: int
+    chunk: int
+
+    def __str__(self) -> str:
+        return f"{self.depth}-{self.dim}-{self.expansion}-{self.chunk}"
+
+
+SHAPES = [
+    *(Shape(1, 64, 1, chunk) for chunk in (16, 64)),
+    Shape(1, 128, 1, 64),
+    *(Shape(2, 64, expansion, chunk) for expansion, chunk in ((1, 64), (4, 16), (4, 64))),
+    Shape(2, 128, 4, 64),
+]
+
+
+def launches(shape: Shape) -> list:
+    """Every kernel of a call of the scan, forward and backward, each once: of those that differ in what they leave out, the fullest."""
+    import torch
+
+    from benchmarks.compiled import recorded
+    from titans_pretrain.kernels.memory_scan.chunked.walk import States
+    from titans_pretrain.kernels.memory_scan.triton.backward import backward
+    from titans_pretrain.kernels.memory_scan.triton.call import Call, Tokens
+    from titans_pretrain.kernels.memory_scan.triton.forward import forward
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    dim, hidden = shape.dim, shape.dim * shape.expansion
+    place = (1, 2 * shape.chunk, 1)  # B, T, H
+    x = Tokens(*(empty(*place, dim, dtype=torch.bfloat16) for _ in range(3)), *(empty(*place, 1) for _ in range(3)))
+    weights = tuple(empty(1, 1, *size) for size in [(dim, hidden), (hidden, dim)][-shape.depth :])
+    states = States(weights, weights, None, weights, weights)
+    call = Call.of(x, weights, 0, shape.chunk, True, 1.0, True, True, None)
+    reset = empty(1, call.chunks, dtype=torch.bool)
+    with recorded() as found:
+        results = forward(call, x, states, reset, True)
+        backward(call, x, states, reset, results, x.q, States(weights, weights, None, None, None))
+    fullest = {}
+    for launch in found:
+        known = launch.constants[-1] if launch.name == "walk" else None  # with the deltas known it is another program
+        key = launch.name + ("_again" if known else "")
+        if key not in fullest or sum(launch.constants) > sum(fullest[key].constants):
+            fullest[key] = launch
+    return list(fullest.items())
+
+
+def selected(only: list[str]) -> list[tuple[Shape, str, object]]:
+    """Shapes, names and launches whose "shape:name" starts with one of `only`; the tables of equal tiles once."""
+    found, seen = [], set()
+    for shape in SHAPES:
+        for name, launch in launches(shape):
+            if launch not in seen and (not only or any(f"{shape}:{name}".startswith(o) for o in only)):
+                seen.add(launch)
+                found.append((shape, name, launch))
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argument_parser(__doc__)
+    made.add_argument(
+        "--only", nargs="+", default=[], metavar="SHAPE[:KERNEL]", help="depth-dim-expansion-chunk, or its start"
+    )
+    made.add_argument("--arch", nargs="+", type=int, default=[90], help="80 for sm_80, ...")
+    made.add_argument("--triton", metavar="DIR", help="where another version is installed (pip install --target DIR)")
+    return made
+
+
+def main() -> None:
+    args = parser().parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)
+    if args.triton:
+        sys.path.insert(0, args.triton)
+    import triton
+
+    from benchmarks.compiled import compile_launch, ptxas_version
+
+    setup = {"triton": triton.__version__, "ptxas": ptxas_version(args.arch[0])}
+    print("\n".join(f"{name}: {value}" for name, value in setup.items()) + "\n", flush=True)
+    points = []
+    for shape, name, launch in selected(args.only):
+        for arch in args.arch:
+            used = asdict(compile_launch(launch, arch))
+            points.append(
+                {
+                    "kernel": name,
+                    "row": str(shape),
+                    "arch": arch,
+                    "warps": launch.warps,
+                    "hidden": launch.hidden,
+                    **used,
+                }
+            )
+            print(".", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    header = [
+        "kernel",
+        "row",
+        "sm",
+        "hidden",
+        "warps",
+        "registers",
+        "spilled B",
+        "shared KiB",
+        "wgmma",
+        "mma",
+        "miscompiled",
+    ]
+    print(markdown_table(header, [_cells(p) for p in points]))
+    finish(args, setup, points, bars(points))
+
+
+def _cells(p: dict) -> list[str]:
+    shared = f"{p['shared'] / 1024:.1f}"
+    rest = [p["registers"], p["spilled"], shared, p["wgmma"], p["mma"], p["miscompiled"]]
+    return [p["kernel"], p["row"], *map(str, (p["arch"], p["hidden"], p["warps"], *rest))]
+
+
+def bars(points: list[dict]) -> list[Bar]:
+    """Of sm_90; those whose kernels were compiled."""
+
+    def most(what: str, chosen) -> float | None:
+        return max((p[what] for p in points if p["arch"] == 90 and chosen(p)), default=None)
+
+    deep = [("state", ("exchange", "walk", "walk_again"), 280), ("read", ("read",), 64)]
+    wanted = [
+        ("operands of the miscompiled form", most("miscompiled", lambda p: True), 0, ""),
+        ("shared memory", most("shared", lambda p: True), SHARED, "B"),
+        ("spilled, depth 1", most("spilled", lambda p: p["row"].startswith("1")), 0, "B"),
+        *(
+            (f"spilled, depth 2, {name}", most("spilled", lambda p, k=kernels: p["row"].startswith("2-64") and p["kernel"] in k), limit, "B")
+            for name, kernels, limit in deep
+        ),
+    ]  # fmt: skip
+    return [Bar(name, value, limit, unit, at_least=False) for name, value, limit, unit in wanted if value is not None]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The compile guard: kernels compiled for sm_90 without a GPU use no more than benchmarks/results/kernel_resources.md says."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+COMMITTED = ROOT / "benchmarks" / "results" / "kernel_resources.md"
+CHOSEN = ["1-64-1-64:walk", "1-64-1-64:state_back", "2-64-4-64:read", "2-64-4-64:hidden"]
+
+
+def python(*arguments: str) -> str:
+    """In a process of its own: this one interprets kernels."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_nothing_spills_more_than_committed(tmp_path):
+    file = tmp_path / "found.json"
+    python("-m", "benchmarks.kernel_resources", "--only", *CHOSEN, "--json", str(file))
+    points = json.loads(file.read_text())["points"]
+    assert len(points) >= len(CHOSEN)
+    committed = spills()
+    for p in points:
+        allowed = committed[p["kernel"], p["row"], p["arch"]]
+        assert p["spilled"] <= allowed, f"{p['kernel']} of {p['row']} spills {p['spilled']} bytes, committed: {allowed}"
+        assert p["miscompiled"] == 0, f"{p['kernel']} of {p['row']} has a transposed result on the left of a product"
+
+
+def spills() -> dict[tuple[str, str, int], int]:
+    """kernel, row, architecture -> bytes, of the committed table."""
+    lines = [
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in COMMITTED.read_text().splitlines()
+        if line.startswith("|")
+    ]
+    header, rows = lines[0], [line for line in lines if re.fullmatch(r"\d-.*", line[1])]
+    names = ("kernel", "row", "sm", "spilled B")
+    kernel, row, arch, spilled = (header.index(name) for name in names)
+    return {(r[kernel], r[row], int(r[arch])): int(r[spilled]) for r in rows}
+
+
+def test_finds_what_is_miscompiled():
+    bad, good = map(int, python(str(Path(__file__).with_name("transposed_result.py"))).split())
+    assert bad > 0 and good == 0
