@@ -43,14 +43,14 @@ def choose(kernel: str, backends: Sequence[Backend], wanted: str, arguments: dic
     for backend in backends:
         if wanted not in ("auto", backend.name):
             continue
-        reason = backend.refuses(**arguments)
-        if reason is None and wanted == "auto":
-            reason = backend.leaves(**arguments)
-        if reason is None:
+        if (reason := backend.refuses(**arguments)) is not None:
+            refused.append(f"backend={backend.name} cannot serve {reason}")
+        elif wanted == "auto" and (reason := backend.leaves(**arguments)) is not None:
+            refused.append(f"backend={backend.name} leaves {reason}")
+        else:
             if wanted == "auto":
                 _log_choice(kernel, backend.name, "; ".join(refused))
             return backend
-        refused.append(f"backend={backend.name} cannot serve {reason}")
     raise ValueError(f"{kernel}: {'; '.join(refused)}")
 
 

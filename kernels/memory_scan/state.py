@@ -25,7 +25,8 @@ class MemoryState:
             raise ValueError(
                 f"{len(self.weights)} weights but {len(self.surprise)} surprise tensors; give one of each per memory layer"
             )
-        if (self.anchor is None) != (self.offset == 0):
+        fits = self.anchor is not None if self.offset else self.anchor is None
+        if not fits:
             raise ValueError(
                 f"a half-read chunk needs its anchor and only it has one: offset={self.offset}, anchor given: {self.anchor is not None}"
             )

@@ -53,6 +53,13 @@ def test_a_named_backend_is_taken_or_refuses_with_the_argument():
             choose("some_kernel", CHOICES, name, arguments)
 
 
+def test_auto_goes_on_where_a_backend_leaves_a_call():
+    backends = (Backend("fast", print, leaves=lambda **_: "q: it is small"), *CHOICES[1:])
+    arguments = {"q": torch.zeros(2), "split": None}
+    assert choose("some_kernel", backends, "auto", arguments).name == "plain"
+    assert choose("some_kernel", backends, "fast", arguments).name == "fast"
+
+
 def test_nothing_serves():
     with pytest.raises(ValueError, match=r"^k: backend=fast cannot serve q: .*; backend=slow cannot serve split: .*$"):
         choose("k", CHOICES[::2], "auto", {"q": torch.zeros(2), "split": 2})

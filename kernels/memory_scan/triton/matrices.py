@@ -6,6 +6,8 @@ A state is the tuple (v1, s1, v2, s2) of call.py's Matrices, of pointers or of v
 import triton
 import triton.language as tl
 
+from titans_pretrain.kernels.memory_scan.triton.blocks import anchor_slot
+
 
 @triton.jit
 def first_matrix(j, D: tl.constexpr, F: tl.constexpr, BH: tl.constexpr):
@@ -57,8 +59,7 @@ def load_anchor(
     CHUNK: tl.constexpr, BT: tl.constexpr, TO_INITIAL: tl.constexpr,
 ):  # fmt: skip
     """W1 and the last W at the start of the tile's chunk, at these offsets, for products. kept: as call.py's Given.states."""
-    opener = tile - tile % (CHUNK // BT)
-    slot = tl.where(opener * BT < offset, 0, 1 + opener - group_first)
+    slot = anchor_slot(tile, group_first, offset, CHUNK, BT)
     place = (n.to(tl.int64) * (tiles + 1) + slot) * (D * F)
     a2 = tl.load(kept[2] + place + at2)
     if TO_INITIAL:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from scan_cases import arguments, assert_equal, gradients, states, tensors
 from scan_compared import inputs
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from titans_pretrain.kernels.memory_scan import memory_read, memory_scan, memory_step
@@ -57,6 +58,22 @@ def test_compiles_whole():
         return y + memory_read(x["q"][:, :1], state, backend="triton")
 
     assert torch.equal(torch.compile(decode, fullgraph=True, backend="aot_eager")(x), decode(x))
+
+
+def test_one_compilation_serves_all_lengths():
+    """After the first, which torch takes for the only one: of whole chunks."""
+    counted = CompileCounterWithBackend("aot_eager")
+
+    @torch.no_grad()
+    def outputs(tokens, state, initial):
+        return memory_scan(*tokens, state, initial_state=initial, backend="triton", **OPTIONS)[0]
+
+    compiled = torch.compile(outputs, fullgraph=True, backend=counted)
+    for tokens in (16, 32, 48):
+        x = inputs(tokens, 1, batch=1, heads=1, dim=16)
+        given = arguments(x), *states(x, 1)
+        assert torch.equal(compiled(*given), outputs(*given))
+    assert counted.frame_count == 2
 
 
 def test_activation_checkpointing():

@@ -10,20 +10,23 @@ NORMS = {
     "damped": dict(residual_norm=True, damping=0.7),
 }
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
-# Every pair of values of any two columns stands in some row. Sizes: (D, F). every: chunks of a group.
+# Any two values of two columns stand together in some row, where a call can have both; the last two rows are by the way.
+# Sizes: (D, F), one slice of F or more. every: chunks of a group.
 CASES = [
-    # depth, sizes,  chunk, tokens, norm,   forget_to, gates, resets, dtype, every
-    (2, (16, 32), 16, 37, "damped", "initial", 1, True, SINGLE, 1),
-    (2, (16, 16), 16, 35, "norm", "zero", 2, False, SINGLE, 2),
-    (2, (16, 16), 32, 41, "norm", "initial", 2, False, BRAIN, None),
-    (2, (16, 64), 16, 19, "damped", "zero", 1, False, BRAIN, 1),
-    (2, (32, 32), 32, 33, "linear", "initial", 1, True, HALF, None),
-    (2, (16, 16), 128, 75, "damped", "initial", 2, True, SINGLE, None),
-    (2, (16, 16), 64, 65, "norm", "zero", 1, True, BRAIN, 1),
-    (1, (16, 16), 16, 37, "damped", "zero", 1, True, BRAIN, 2),
-    (1, (32, 32), 16, 17, "linear", "zero", 1, False, SINGLE, 1),
-    (1, (16, 16), 128, 140, "norm", "initial", 1, True, SINGLE, None),
-    (1, (32, 32), 32, 39, "damped", "initial", 1, False, HALF, 1),
+    # depth, sizes, chunk, tokens, norm, forget_to, gates, resets, dtype, every
+    (2, (16, 32), 16, 37, "linear", "zero", 2, True, SINGLE, 1),
+    (2, (16, 32), 16, 21, "norm", "initial", 2, False, HALF, None),
+    (2, (16, 32), 16, 21, "damped", "zero", 1, False, BRAIN, 1),
+    (2, (16, 16), 32, 41, "damped", "initial", 2, True, HALF, None),
+    (2, (16, 32), 32, 41, "norm", "initial", 2, False, SINGLE, 1),
+    (2, (16, 32), 128, 75, "norm", "zero", 2, True, BRAIN, 1),
+    (2, (16, 32), 128, 75, "linear", "zero", 1, False, HALF, None),
+    (1, (16, 16), 16, 21, "linear", "initial", 1, False, SINGLE, None),
+    (1, (32, 32), 32, 41, "damped", "zero", 1, False, HALF, 1),
+    (1, (16, 16), 32, 41, "linear", "initial", 1, False, BRAIN, None),
+    (1, (16, 16), 128, 75, "norm", "initial", 1, False, BRAIN, None),
+    (1, (16, 16), 128, 75, "damped", "zero", 1, True, SINGLE, 1),
+    (2, (16, 64), 64, 19, "damped", "zero", 1, False, BRAIN, 1),
     (2, (16, 16), 16, 1, "linear", "zero", 2, False, SINGLE, None),
 ]
 
