@@ -17,10 +17,10 @@ def load_gate(gate, n, g, start, tokens, heads, gates, inert, BT: tl.constexpr):
 
 
 @triton.jit
-def decay_matrix(x, BT: tl.constexpr):
-    """[BT, BT]: prod_{i<s<=t} x_s at [t, i] for i <= t, 0 above the diagonal."""
+def decay_matrix(x, first, COLUMNS: tl.constexpr, BT: tl.constexpr):
+    """Columns first .. first + COLUMNS of prod_{i<s<=t} x_s at [t, i] for i <= t, 0 above the diagonal."""
     t = tl.arange(0, BT)[:, None]
-    i = tl.arange(0, BT)[None, :]
+    i = first + tl.arange(0, COLUMNS)[None, :]
     factors = tl.where(t > i, x[:, None], 1.0)
     return tl.where(t >= i, tl.cumprod(factors, 0), 0.0)
 
@@ -36,29 +36,32 @@ def tables_kernel(
     start = tile_start(first + tile, offset, BT)
     keep = 1 - load_gate(forget, n, g, start, tokens, heads, GATES, 0.0, BT)
     eta = load_gate(momentum, n, g, start, tokens, heads, GATES, 1.0, BT)
-    theta = load_gate(lr, n, g, start, tokens, heads, GATES, 0.0, BT)
     exists = rows_that_exist(start, tokens, BT)
     row = tl.arange(0, BT)
-    forget_decay = decay_matrix(keep, BT)
-    # A row that does not exist adds nothing to G and f: the last row's values are then those of the last token.
-    N = decay_matrix(eta, BT) * theta[None, :]
-    added = tl.where(exists[:, None], N, 0.0)
+    forget_decay = decay_matrix(keep, 0, BT, BT)
     beta = tl.cumprod(keep, 0)
     m = tl.cumprod(eta, 0)
     f = tl.sum(forget_decay * tl.where(exists, m, 0.0)[None, :], 1)
-    # The last rows drive the state: sums in float32, not products on tensor cores.
     at_end = row == BT - 1
     decay_to_end = tl.sum(tl.where(at_end[:, None], forget_decay, 0.0), 0)
-    last_G = tl.sum(decay_to_end[:, None] * added, 0)
-    last_N = tl.sum(tl.where(at_end[:, None], N, 0.0), 0)
 
     place = tl.program_id(0).to(tl.int64)
-    square = row[:, None] * BT + row[None, :]
-    tl.store(masks + place * BT * BT + square, dot(forget_decay, added))
+    COLUMNS: tl.constexpr = min(BT, 32)  # at a time: so that a thread's registers suffice
+    for first_column in tl.range(0, BT, COLUMNS, num_stages=1, disable_licm=True):
+        column = first_column + tl.arange(0, COLUMNS)
+        written = (start + column >= 0) & (start + column < tokens)
+        step = lr + token_index(n, start, tokens, heads) * GATES + g + column * (heads * GATES)
+        theta = tl.load(step, mask=written, other=0.0).to(tl.float32)
+        # A row that does not exist adds nothing to G and f: the last row's values are then those of the last token.
+        N = decay_matrix(eta, first_column, COLUMNS, BT) * theta[None, :]
+        added = tl.where(exists[:, None], N, 0.0)
+        square = row[:, None] * BT + column[None, :]
+        tl.store(masks + place * BT * BT + square, dot(decay_matrix(keep, 0, BT, BT), added))
+        # The last rows drive the state: sums in float32, not products on tensor cores.
+        tl.store(last + place * BT * 2 + column * 2, tl.sum(decay_to_end[:, None] * added, 0))
+        tl.store(last + place * BT * 2 + column * 2 + 1, tl.sum(tl.where(at_end[:, None], N, 0.0), 0))
     tl.store(read + place * BT * 2 + row * 2, beta)
     tl.store(read + place * BT * 2 + row * 2 + 1, f)
-    tl.store(last + place * BT * 2 + row * 2, last_G)
-    tl.store(last + place * BT * 2 + row * 2 + 1, last_N)
     tl.store(carry + place * 4, tl.sum(tl.where(at_end, beta, 0.0), 0))
     tl.store(carry + place * 4 + 1, tl.sum(tl.where(at_end, f, 0.0), 0))
     tl.store(carry + place * 4 + 2, tl.sum(tl.where(at_end, m, 0.0), 0))

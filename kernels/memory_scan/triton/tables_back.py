@@ -53,11 +53,11 @@ def tables_back_kernel(
         columns = first_column + tl.arange(0, COLUMNS)
         column = columns[None, :]
         square = at * BT * BT + row * BT + column
-        pairs = at * BT * 2 + columns * 2
-        d_rows = tl.load(d_G + square) + tl.where(is_last[:, None], tl.load(d_last + pairs)[None, :], 0.0)
+        of_columns = at * BT * 2 + columns * 2
+        d_rows = tl.load(d_G + square) + tl.where(is_last[:, None], tl.load(d_last + of_columns)[None, :], 0.0)
         lam = tl.where(row >= column, dot(_transposed_decay(keep, BT), d_rows), 0.0)
         d_alpha += tl.sum(lam * tl.load(G + square - BT, mask=before[:, None], other=0.0), 1)
-        lam += tl.where(is_last[:, None] & (row >= column), tl.load(d_last + pairs + 1)[None, :], 0.0)
+        lam += tl.where(is_last[:, None] & (row >= column), tl.load(d_last + of_columns + 1)[None, :], 0.0)
         mu = dot(_transposed_decay(eta, BT), lam)
         position = start + columns
         written = (position >= 0) & (position < tokens)
