@@ -112,8 +112,7 @@ def _watching(module: ModuleType, chosen: dict[str, tuple[str, str]]):
         taken = backends.choose(kernel, listed, wanted, arguments)
         reasons = []
         for b in listed[: listed.index(taken)]:
-            leaves = getattr(b, "leaves", backends.serves_all)  # what it could serve and "auto" does not give it
-            reasons.append(f"not {b.name}: {b.refuses(**arguments) or leaves(**arguments)}")
+            reasons.append(f"not {b.name}: {b.refuses(**arguments) or b.leaves(**arguments)}")
         chosen[kernel] = taken.name, "; ".join(reasons)
         return taken
 

@@ -68,8 +68,9 @@ class MemoryConfig:
     max_momentum: float = setting(0.9, "upper end of eta, the learned momentum")
     per_layer_gates: bool = setting(False, "own gates for each layer of the memory MLP")
     conv_size: int = setting(4, "taps of the short convolution on queries, keys and values")
-    backend: Literal["auto", "reference", "chunked"] = setting(
-        "auto", "reference: token by token; chunked: matrix products; auto chooses. Speed only"
+    backend: Literal["auto", "triton", "chunked", "reference"] = setting(
+        "auto",
+        "triton: kernels for CUDA; chunked: matrix products; reference: token by token; auto chooses. Speed only",
     )
     checkpoint_every: int | None = setting(
         None, "chunks between the states kept for the backward pass; null chooses. Speed only"

@@ -140,7 +140,7 @@ def test_a_pattern_survives_a_hugging_face_config(tmp_path):
     [
         (lambda: MemoryConfig(step="telescope"), "model.memory.step = 'telescope': must be plain or telescoped or relative; did you mean telescoped?"),
         (lambda: MemoryConfig(forget_to="initials"), "model.memory.forget_to = 'initials': must be zero or initial; did you mean initial?"),
-        (lambda: MemoryConfig(backend="fast"), "model.memory.backend = 'fast': must be auto or reference or chunked"),
+        (lambda: MemoryConfig(backend="fast"), "model.memory.backend = 'fast': must be auto or triton or chunked or reference"),
         (lambda: ModelConfig(attention_backend="flash_attn"), "model.attention_backend = 'flash_attn': must be auto or flash_attn_2"),
         (lambda: MemoryConfig(residual_norm="no"), "model.memory.residual_norm = 'no': must be true or false"),
         (lambda: MemoryConfig(depth=2.0), "model.memory.depth = 2.0: must be an integer"),
