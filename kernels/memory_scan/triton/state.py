@@ -137,8 +137,8 @@ def walk_kernel(
     at1, at2 = first_matrix(j, D, F, BH), last_matrix_transposed(j, D, BH)
     here = moved(run, n.to(tl.int64) * (D * F))
     state = load_state(here, at1, at2, DEPTH)
-    # Not pipelined: an iteration reads what it, or an earlier one, has stored.
-    for tile in tl.range(group_first, group_first + tiles, num_stages=1):
+    # Not pipelined: an iteration reads what it, or an earlier one, has stored. Hoisting would only lengthen lives of registers.
+    for tile in tl.range(group_first, group_first + tiles, num_stages=1, disable_licm=True):
         start = tile_start(tile, offset, BT)
         state = open_tile(
             state, tile, n, at1, at2, reset, initial, kept, heads, offset, chunks, group_first, tiles, DEPTH, D, F, CHUNK, BT,

@@ -46,7 +46,7 @@ def tables_kernel(
     decay_to_end = tl.sum(tl.where(at_end[:, None], forget_decay, 0.0), 0)
 
     place = tl.program_id(0).to(tl.int64)
-    COLUMNS: tl.constexpr = min(BT, 32)  # at a time: so that a thread's registers suffice
+    COLUMNS: tl.constexpr = 16  # at a time: so that a thread's registers suffice
     for first_column in tl.range(0, BT, COLUMNS, num_stages=1, disable_licm=True):
         column = first_column + tl.arange(0, COLUMNS)
         written = (start + column >= 0) & (start + column < tokens)
