@@ -13,7 +13,7 @@ TOLERANCE = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (1e-2, 2e-2), torch.fl
 
 
 def inputs(tokens, depth, *, dtype=torch.float32, forget=0.5, **sizes):
-    """As scan_cases.make, with q, k and v in `dtype` and the rest in float32. forget: the most of it: where all is forgotten, z can be
+    """As scan_cases.make, with q, k and v in `dtype` and the rest in float32. forget: the most of it: where much is forgotten, z can be
     so small that the norm blows up what was rounded."""
     x = make(tokens, depth, dtype=torch.float32, device=DEVICE, **sizes)
     x["forget"] = x["forget"].detach() * forget
