@@ -12,11 +12,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (1e-2, 2e-2), torch.float16: (2e-3, 4e-3)}
 
 
-def inputs(tokens, depth, *, dtype=torch.float32, **sizes):
-    """As scan_cases.make, with q, k and v in `dtype` and the rest in float32. Where much is forgotten, z can be so small that the norm
-    blows up what was rounded: the most that is forgotten is less where operands are short."""
+def inputs(tokens, depth, *, dtype=torch.float32, forget=0.5, **sizes):
+    """As scan_cases.make, with q, k and v in `dtype` and the rest in float32. forget: the most of it: where much is forgotten, z can be
+    so small that the norm blows up what was rounded."""
     x = make(tokens, depth, dtype=torch.float32, device=DEVICE, **sizes)
-    x["forget"] = x["forget"].detach() * (0.5 if dtype == torch.float32 else 0.1)
+    x["forget"] = x["forget"].detach() * forget
     return {n: t.detach().to(dtype if n in ("q", "k", "v") else t.dtype).requires_grad_() for n, t in x.items()}
 
 
