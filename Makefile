@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The oldest versions that the bounds allow, over the environment where they differ.
 OLDEST := $(abspath $(VENV))/oldest
-# One thread per test process: two processes with all cores each are slower than one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# One thread per test process: two processes with all cores each are slower than one. A process that is done takes from the other: the
+# slowest tests stand together.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 # What runs with the oldest versions too: all that uses them.
 OLDEST_TESTS := tests/unit/hf tests/unit/config tests/unit/data/test_data_tokenizers.py \
 	tests/unit/data/test_data_tokenize.py::test_shards_are_stock_webdataset tests/unit/test_requirements.py \
