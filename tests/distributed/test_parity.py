@@ -51,7 +51,7 @@ QUICK = {
     ("pp2", "mag-lmm-transformer"),
     ("cp4", "lmm"),  # of two ranks either is the other's left and right neighbour
     ("dp2-zero3", "lmm"),
-    *(("cp2-k3", hybrid) for hybrid in HYBRIDS),
+    ("cp2-k3", "mag-lmm-transformer"),
 }
 
 # What does not depend on the variant, or is an option of one layout.
@@ -101,8 +101,6 @@ SPECIAL = {
 }  # fmt: skip
 QUICK_SPECIAL = {
     "pp2-interleaved",
-    "cp2-recompute-segment",
-    "cp2-inflight",
     "cp2-zero1",
     "zero2-recompute-segment",
     "tp2-hidden",

@@ -82,7 +82,7 @@ def test_a_plan_tells_what_processes_hold_and_send(ranks, name):
         assert found["sent"] == sent
 
 
-QUICK_ACTIVATIONS = {"recompute segment, k=4", "tp 2", "pp 2"}
+QUICK_ACTIVATIONS = {"recompute segment, k=4", "tp 2"}
 
 
 @pytest.mark.parametrize(

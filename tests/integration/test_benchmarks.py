@@ -40,6 +40,7 @@ def test_both_sides_of_the_scan_run_at_the_same_shape(side):
     assert point["tokens_per_cpu_second"] > 0 and point["peak_gib"] > 0
 
 
+@pytest.mark.slow
 def test_the_study_of_the_inner_step_goes_on_where_it_stopped(tmp_path):
     """Points that the file has are not measured again; the report needs none measured."""
     results = tmp_path / "study.jsonl"

@@ -27,7 +27,9 @@ def assert_finite(model, dtype, random_tokens):
     )
 
 
-@precisions
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["fp32", "bf16"]
+)
 @pytest.mark.parametrize(
     "memory",
     [{}, dict(depth=1, residual_norm=False, step="telescoped", max_lr=0.5)],
