@@ -93,7 +93,7 @@ def _refuses_gradient(**arguments) -> str | None:
     states = [x for s in (state, initial) if s is not None for x in (*s.weights, *s.surprise, *(s.anchor or ()))]
     tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
     if any(x.requires_grad for x in (*tensors, *states)):
-        return "a gradient: it is for inference; use torch.no_grad()"
+        return "a gradient: one token and reading alone are for inference; use torch.no_grad(), or backend=auto in training"
     return None
 
 
