@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import pad
 
+from titans_pretrain.kernels.attention.sdpa import segment_keys
+
 KeyValue = tuple[Tensor, Tensor]
 
 BLOCK = 128
@@ -40,13 +42,8 @@ def segment_attention(
 ) -> Tensor:
     """q [B, Tq, H, D], the last rows of k, v [B, S, H, D]; memory: pair of [B, S, H, D] or None, persistent: of [P, H, D],
     context: of [B, N, H, D]. Returns [B, Tq, H, D]."""
-    batch, rows = q.shape[:2]
-    length = k.shape[1]
-    parts = [] if persistent is None else [tuple(x.expand(batch, -1, -1, -1) for x in persistent)]
-    parts += [] if context is None else [context]
-    always = sum(part[0].shape[1] for part in parts)
-    parts += [] if memory is None else [memory]
-    keys, values = (torch.cat(xs, 1) for xs in zip(*parts, (k, v), strict=True))
+    rows, length = q.shape[1], k.shape[1]
+    keys, values, always = segment_keys(k, v, memory, persistent, context)
     before = length - rows
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

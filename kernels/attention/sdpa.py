@@ -38,16 +38,24 @@ def segment_attention(
 ) -> Tensor:  # fmt: skip
     """q [B, Tq, H, D], the last rows of k, v [B, S, H, D]; memory: pair of [B, S, H, D] or None, persistent: of [P, H, D],
     context: of [B, N, H, D]. Returns [B, Tq, H, D]."""
-    batch, rows = q.shape[:2]
-    length = k.shape[1]
-    parts = [] if persistent is None else [tuple(x.expand(batch, -1, -1, -1) for x in persistent)]
+    rows, length = q.shape[1], k.shape[1]
+    keys, values, always = segment_keys(k, v, memory, persistent, context)
+    causal = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
+    mask = torch.cat((causal.new_ones(rows, always), *[causal] * (1 if memory is None else 2)), 1)
+    return _heads_first(scaled_dot_product_attention, q, keys, values, attn_mask=mask)
+
+
+def segment_keys(
+    k: Tensor, v: Tensor, memory: tuple[Tensor, Tensor] | None, persistent: tuple[Tensor, Tensor] | None,
+    context: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+    """Keys and values [persistent | context | memory | segment] in one, and how many every row sees: the first two."""
+    parts = [] if persistent is None else [tuple(x.expand(len(k), -1, -1, -1) for x in persistent)]
     parts += [] if context is None else [context]
     always = sum(part[0].shape[1] for part in parts)
     parts += [] if memory is None else [memory]
     keys, values = (torch.cat(xs, 1) for xs in zip(*parts, (k, v), strict=True))
-    causal = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
-    mask = torch.cat((causal.new_ones(rows, always), *[causal] * (1 if memory is None else 2)), 1)
-    return _heads_first(scaled_dot_product_attention, q, keys, values, attn_mask=mask)
+    return keys, values, always
 
 
 class _Block:
