@@ -39,6 +39,16 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
     assert "each of 2 processes needs about" in memory_warning(config, CPU, 2)
 
 
+def test_tensor_parallel_processes_are_counted_without_a_group_here(monkeypatch):
+    config = load_config(TINY, ["parallel.tp=2"])
+    layout = build_layout(config, 2)
+    need = sum(layout.memory(layout.fullest).values())
+    for free, warned in ((need + 1, False), (need - 1, True)):
+        monkeypatch.setattr(outlook, "free_memory", lambda device, free=free: free)
+        assert (memory_warning(config, CPU, 2) is not None) == warned
+    assert not torch.distributed.is_initialized()
+
+
 def test_a_step_of_minutes_is_announced_with_its_numbers():
     config = load_config(TINY)
     flops = flops_per_token(config)[1] * 4 * 128

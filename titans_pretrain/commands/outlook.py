@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -9,6 +11,7 @@ import torch
 from titans_pretrain.commands.layout import build_layout
 from titans_pretrain.commands.plan import flops_per_token
 from titans_pretrain.config import Config
+from titans_pretrain.models import build_model
 from titans_pretrain.training.progress import format_seconds
 
 SLOW_STEP = 60.0  # seconds
@@ -19,16 +22,20 @@ _PER_COLUMN = 2000 * 4  # bytes of activations for each column, layer and channe
 
 def memory_warning(config: Config, device: torch.device, processes: int) -> str | None:
     """If the processes of this machine need more than is free on it, or on their GPU."""
-    if config.parallel.tp > 1:
-        return None  # its layout is counted with process groups of its own, which a run must not have
-    layout, free = build_layout(config, processes), free_memory(device)
+    free = free_memory(device)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     model = config.model
     columns = config.train.micro_batch * config.data.seq_len
-    most = 20 * sum(p.numel() for p in layout.model.parameters()) + _PER_COLUMN * columns * model.dim * model.layers
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_model(model).parameters())
+    most = 20 * parameters + _PER_COLUMN * columns * model.dim * model.layers
     if free is None or most * here <= free:  # counting takes seconds
         return None
-    parts = layout.memory(layout.fullest)
+    if config.parallel.tp > 1:  # counted with process groups, which this process must not have had
+        with ProcessPoolExecutor(1, get_context("spawn")) as other:
+            parts = other.submit(needed_memory, config, processes).result()
+    else:
+        parts = needed_memory(config, processes)
     if sum(parts.values()) * here <= free:
         return None
     told = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
@@ -36,6 +43,12 @@ def memory_warning(config: Config, device: torch.device, processes: int) -> str 
         f"warning: {f'each of {here} processes' if here > 1 else 'this run'} needs about {sum(parts.values()) / 2**30:.1f} GiB "
         f"({told}) and {free / 2**30:.1f} GiB are free; lower train.micro_batch or data.seq_len, or set train.recompute=block"
     )
+
+
+def needed_memory(config: Config, processes: int) -> dict[str, float]:
+    """Bytes of the process that needs most, by part."""
+    layout = build_layout(config, processes)
+    return layout.memory(layout.fullest)
 
 
 def run_warnings(config: Config, peak: float | None, processes: int, epoch: tuple[int, int]) -> list[str]:
