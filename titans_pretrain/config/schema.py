@@ -44,6 +44,10 @@ class TrainConfig:
     lr: float = setting(4e-4, "peak learning rate")
     min_lr: float = setting(1e-5, "learning rate of the last step")
     warmup_steps: int = setting(100, "linear warm-up, from lr / warmup_steps")
+    schedule: Literal["cosine", "wsd", "constant"] = setting(
+        "cosine", "after the warm-up; wsd: lr until the last decay_steps, which go down to min_lr"
+    )
+    decay_steps: int = setting(0, "with schedule=wsd: the last steps, in which the learning rate falls")
     weight_decay: float = setting(0.1, "of matrices that multiply activations, and of nothing else")
     beta1: float = setting(0.9, "of AdamW")
     beta2: float = setting(0.95, "of AdamW")
@@ -70,7 +74,17 @@ class TrainConfig:
     log_every: int = setting(
         10, "steps between printed lines, and on a GPU between looks at the loss; metrics.jsonl has every step"
     )
-    on_nan: Literal["stop"] = setting("stop", "what a loss that is not finite does")
+    on_nan: Literal["stop", "skip", "rollback"] = setting(
+        "stop",
+        "what a loss or gradient norm that is not finite does; skip: the step makes no update; rollback: likewise, and "
+        "rollback_after of them in a row go back to the weights of the newest checkpoint",
+    )
+    on_spike: Literal["ignore", "stop", "skip", "rollback"] = setting(
+        "ignore", "what a loss or gradient norm far above the latest ones does; as on_nan"
+    )
+    spike_sigma: float = setting(6.0, "a spike is so many standard deviations above the mean")
+    spike_window: int = setting(128, "of the latest steps; none is a spike before there are half as many")
+    rollback_after: int = setting(3, "steps in a row without an update, before a rollback")
     resume: str = setting(
         "auto", "auto: the run's own newest checkpoint; never; or a folder of another run to start from"
     )
@@ -83,8 +97,17 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self, "train")
-        for name in ("steps", "micro_batch", "global_batch", "eval_batches", "log_every"):
+        for name in ("steps", "micro_batch", "global_batch", "eval_batches", "log_every", "rollback_after"):
             at_least("train." + name, getattr(self, name), 1)
+        at_least("train.spike_window", self.spike_window, 4)
+        if not self.spike_sigma > 0:
+            raise ValueError(f"train.spike_sigma must be positive, got {self.spike_sigma}")
+        if self.schedule == "wsd" and not 0 < self.decay_steps <= self.steps:
+            raise ValueError(
+                f"train.schedule=wsd needs train.decay_steps in 1 ... {self.steps}, got {self.decay_steps}"
+            )
+        if self.schedule != "wsd" and self.decay_steps:
+            raise ValueError(f"train.decay_steps={self.decay_steps} goes with train.schedule=wsd, not {self.schedule}")
         for name in ("seed", "lr", "min_lr", "warmup_steps", "weight_decay", "eps", "grad_clip"):
             at_least("train." + name, getattr(self, name), 0)
         for name in ("eval_every", "checkpoint_every", "keep_checkpoints"):

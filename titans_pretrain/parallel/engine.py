@@ -14,7 +14,7 @@ from titans_pretrain.parallel.gradients import all_reduce_in_buckets, clip_by_gl
 from titans_pretrain.parallel.mesh import Mesh
 from titans_pretrain.parallel.pipeline import Pipeline
 from titans_pretrain.training.engine import compute_dtype, count_targets, on_device
-from titans_pretrain.training.finite import FiniteGuard
+from titans_pretrain.training.guard import UpdateGuard
 from titans_pretrain.training.optimizer import set_learning_rate
 
 
@@ -36,7 +36,12 @@ class ParallelEngine:
         self.config, self.mesh, self.model, self.modules, self.pipeline = config, mesh, model, modules, pipeline
         self._torch_optimizer, self.zero = optimizer, zero
         self.optimizer = zero or optimizer
-        self._guard = None if zero or optimizer is None else FiniteGuard(optimizer, mesh.device)
+        if optimizer is not None:
+            device = torch.device("cpu") if config.parallel.offload_optimizer else mesh.device
+            self.guard = UpdateGuard(optimizer, device, config.train)
+            if zero is not None:
+                optimizer.register_step_pre_hook(self._watch_zero)
+        self._unwatched: Tensor | None = None  # the loss of a step until the guard has seen it
         self.is_main, self.tensor_group, self.data_group = mesh.rank == 0, mesh.tensor.group, mesh.data_context.group
         self.micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.data.size)
         p = config.parallel
@@ -108,17 +113,25 @@ class ParallelEngine:
     def step(self, rate: float, loss: Tensor) -> Tensor:
         """Clips and updates, after reduce_gradients. Returns the norm before clipping."""
         set_learning_rate(self._torch_optimizer, rate)
-        if self.zero is not None:  # DeepSpeed looks at the norm itself, in every step
-            if not loss.isfinite():
-                return torch.full_like(loss, torch.nan)
+        if self.zero is not None:
+            self._unwatched = loss
             self.zero.step()
-            return torch.as_tensor(self.zero.get_global_grad_norm(), device=self.mesh.device)
+            norm = torch.as_tensor(self.zero.get_global_grad_norm(), device=self.mesh.device)
+            if self._unwatched is not None:  # DeepSpeed itself found the norm not finite, and made no update
+                self.guard.watch(loss, norm)
+            return norm
         largest = self.config.train.grad_clip or math.inf
         norm = clip_by_global_norm(self.model.named_parameters(), self.mesh, largest, self.config.model.tie_embeddings)
-        self._guard.watch(loss, norm)
+        self.guard.watch(loss, norm)
         self._torch_optimizer.step()
         self._torch_optimizer.zero_grad()
         return norm
+
+    def _watch_zero(self, *_) -> None:
+        """Before ZeRO's updates, which come one for each group of parameters: by then it has the norm."""
+        if self._unwatched is not None:
+            self.guard.watch(self._unwatched, torch.as_tensor(self.zero.optimizer._global_grad_norm))
+            self._unwatched = None
 
     def evaluate(self, batches: Sequence) -> float:
         inputs = [on_device(batch, self.config, self.mesh.device) for batch in batches]

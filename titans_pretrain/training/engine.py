@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from titans_pretrain.config import Config
 from titans_pretrain.models.inputs import check_values
-from titans_pretrain.training.finite import FiniteGuard
+from titans_pretrain.training.guard import UpdateGuard
 from titans_pretrain.training.optimizer import build_optimizer, set_learning_rate
 
 
@@ -21,6 +21,7 @@ class Engine(Protocol):
     micro_batches: int  # of this process in a step
     tensor_group: object | None  # the processes over which a sharded parameter's pieces are spread
     data_group: object | None  # the processes that hold the same parameters as this one
+    guard: UpdateGuard  # over `update`
     is_main: bool  # whether this process prints and writes logs
 
     def count(self, batches: Sequence) -> int:
@@ -30,8 +31,8 @@ class Engine(Protocol):
         """Adds the gradients of sum(losses) / targets; returns that loss, over all processes: a scalar on the device."""
 
     def update(self, rate: float, loss: Tensor) -> Tensor:
-        """One optimizer step with clipping, at this learning rate. Returns the gradients' norm before clipping, likewise. Once it or
-        the loss is not finite, the weights stay as they are: nobody has to look before the next step."""
+        """One optimizer step with clipping, at this learning rate. Returns the gradients' norm before clipping, likewise. Where the
+        guard finds harm in it or the loss, the weights stay as they are: nobody has to look before the next step."""
 
     def evaluate(self, batches: Sequence) -> float:
         """Sum of the losses of these batches' targets, over all processes, without gradients."""
@@ -49,7 +50,7 @@ class SingleEngine:
         self.config, self.model, self.device = config, model, device
         self.micro_batches = config.train.accumulation
         self.optimizer = build_optimizer(model, config.train)
-        self._guard = FiniteGuard(self.optimizer, device)
+        self.guard = UpdateGuard(self.optimizer, device, config.train)
 
     def count(self, batches: Sequence) -> int:
         return sum(count_targets(batch) for batch in batches)
@@ -66,7 +67,7 @@ class SingleEngine:
     def update(self, rate: float, loss: Tensor) -> Tensor:
         largest = self.config.train.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
-        self._guard.watch(loss, norm)
+        self.guard.watch(loss, norm)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -34,11 +34,15 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
-    """Rate of step 1, 2, ..., train.steps: linear warm-up to `lr`, then half a cosine down to `min_lr` at the last step."""
+    """Rate of step 1, 2, ..., train.steps: linear warm-up to `lr`, then by `schedule` down to `min_lr` at the last step: half a
+    cosine ("cosine"); only in the last `decay_steps`, as 1 - sqrt ("wsd", warm-up, stable, decay: Haegele et al. 2024, section 3);
+    or never ("constant")."""
     if step <= train.warmup_steps:
         return train.lr * step / train.warmup_steps
-    progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-    return train.min_lr + (train.lr - train.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    start = train.steps - train.decay_steps if train.schedule == "wsd" else train.warmup_steps
+    progress = min(1.0, max(0, step - start) / max(1, train.steps - start))
+    fallen = {"cosine": 0.5 * (1 - math.cos(math.pi * progress)), "wsd": math.sqrt(progress), "constant": 0.0}
+    return train.lr - (train.lr - train.min_lr) * fallen[train.schedule]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

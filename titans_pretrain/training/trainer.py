@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import resource
 import sys
 import time
@@ -22,6 +21,7 @@ from titans_pretrain.config import Config
 from titans_pretrain.data import Stopped
 from titans_pretrain.training.engine import Engine
 from titans_pretrain.training.gauge import Gauge
+from titans_pretrain.training.guard import FINE, NOT_FINITE
 from titans_pretrain.training.loggers import Logger
 from titans_pretrain.training.optimizer import learning_rate
 from titans_pretrain.training.progress import Progress
@@ -29,6 +29,8 @@ from titans_pretrain.training.signals import StopRequest
 from titans_pretrain.training.validation import Validator
 
 log = logging.getLogger(__name__)
+MOST_SKIPPED = 100  # steps in a row without an update, before a run stops
+MOST_ROLLBACKS = 3  # likewise
 EMPTY_DRAWS = 1000  # steps whose rows hold no target, one after the other, before a run stops
 
 
@@ -49,9 +51,12 @@ class Trainer:
         self.validated = 0  # the last step that was validated
         self.cursor = reader.state_dict()  # of the data after them
         self.saved: Path | None = None  # the newest checkpoint
+        self.skipped = 0  # steps in a row without an update, up to now
+        self.rollbacks = 0  # since the last update
         # Steps between looks at the loss. On a CPU it is at hand, and DeepSpeed waits for the device in every step anyway.
         self.read_every = 1 if device.type == "cpu" or config.parallel.zero_stage else config.train.log_every
         self._unread: list[dict] = []  # lines whose loss and gradient norm are still on the device
+        self._goes_back = False  # a rollback is due
         self._unreported: list[dict] = []  # those that nobody has logged since they were read
         self._since, self._tokens_then = 0.0, 0  # when the first unread step began, and `tokens` then
 
@@ -76,7 +81,12 @@ class Trainer:
                 ) from e
         self.cursor = self.reader.state_dict()
         self.step, self.tokens, self.validated = trainer["step"], trainer["tokens"], trainer["validated"]
-        self.saved = checkpoint
+        self.saved, self.skipped = checkpoint, trainer.get("skipped", 0)
+        if "guard" in trainer:
+            try:
+                engine.guard.load_state_dict(trainer["guard"])
+            except ValueError as e:
+                raise DamagedCheckpoint(f"{checkpoint / 'trainer.json'} is damaged: {e}") from e
 
     def start_from(self, checkpoint: Path) -> None:
         """Starts with the weights of a checkpoint, whose files have been checked, and with nothing else of it."""
@@ -131,6 +141,7 @@ class Trainer:
             "tokens_per_second": None,
             "lr": rate,
             "grad_norm": grad_norm,
+            "skipped": self.engine.guard.verdict,
             "data_wait": round(waited, 4),
             "peak_memory_mib": round(peak_memory_mib(self.device), 1),
         }
@@ -142,23 +153,31 @@ class Trainer:
     def read(self) -> None:
         """Fetches the numbers of the steps since the last call, in one transfer. Their speed is that of all of them together.
 
-        Raises ValueError for the first step whose loss or gradient norm is not finite; the weights are those of the step before."""
+        Raises ValueError for the first step that is to stop the run; the weights are those of the step before."""
         if not self._unread:
             return
         lines, self._unread = self._unread, []
-        numbers = torch.stack([line[name].double() for line in lines for name in ("loss", "grad_norm")]).tolist()
+        names = ("loss", "grad_norm", "skipped")
+        numbers = torch.stack([line[name].to(self.device).double() for line in lines for name in names]).tolist()
         seconds = time.perf_counter() - self._since
         speed = round((self.tokens - self._tokens_then) / seconds, 1)
-        for line, loss, grad_norm in zip(lines, numbers[::2], numbers[1::2], strict=True):
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise ValueError(self._not_finite(line["step"], loss, grad_norm))
-            line |= {"loss": loss, "grad_norm": grad_norm, "tokens_per_second": speed}
+        for i, line in enumerate(lines):
+            loss, grad_norm, verdict = numbers[3 * i : 3 * i + 3]
+            line |= {"loss": loss, "grad_norm": grad_norm, "skipped": int(verdict), "tokens_per_second": speed}
+            self.skipped = 0 if verdict == FINE else self.skipped + 1
+            if verdict != FINE and (self._action(verdict) == "stop" or self.skipped > MOST_SKIPPED):
+                raise ValueError(self._harmful(line))
+            if verdict != FINE and self._action(verdict) == "rollback":
+                self._goes_back = self.skipped >= self.config.train.rollback_after
+            if verdict == FINE:
+                self.rollbacks = 0
+                del line["skipped"]
             if self.gauge:
                 line |= self.gauge.read(seconds / len(lines), line["tokens"])
             self._unreported.append(line)
 
     def _report(self, loggers: Sequence[Logger], progress: Progress | None) -> None:
-        """Logs the steps since the last report; those before one that is not finite, too."""
+        """Logs the steps since the last report; those before one that stops the run, too. Then goes back, if they are to be undone."""
         try:
             self.read()
         finally:
@@ -167,6 +186,30 @@ class Trainer:
                 _log(loggers, line)
             if lines and progress is not None:
                 progress.update(lines[-1]["step"], self.tokens - self._tokens_then, lines[-1])
+                for line in lines:
+                    if "skipped" in line:
+                        progress.note(f"step {line['step']}: {_told(line)}; no update was made")
+        if self._goes_back:
+            self._roll_back(loggers, progress)
+
+    def _roll_back(self, loggers: Sequence[Logger], progress: Progress | None) -> None:
+        """Takes weights and optimizer from the newest checkpoint. The data goes on after the rows that did harm, and so do the steps."""
+        self._goes_back, self.rollbacks = False, self.rollbacks + 1
+        if self.saved is None or self.rollbacks > MOST_ROLLBACKS:
+            why = (
+                "there is no checkpoint to go back to"
+                if self.saved is None
+                else f"{MOST_ROLLBACKS} rollbacks did not help"
+            )
+            raise ValueError(
+                f"step {self.step}: {self.skipped} steps in a row made no update, and {why}; {self._advice()}"
+            )
+        engine = self.engine
+        found = load_checkpoint(self.saved, engine.model, engine.optimizer, engine.tensor_group, engine.data_group)
+        self.skipped = 0
+        _log(loggers, {"step": self.step, "tokens": self.tokens, "rolled_back_to": found["step"]})
+        if progress is not None:
+            progress.note(f"step {self.step}: back to the weights of {self.saved}; the data goes on from here")
 
     def _draw(self) -> tuple[list, int, float] | None:
         """Batches of one step, their targets, and seconds spent waiting for them; None if a process stops.
@@ -215,16 +258,31 @@ class Trainer:
         numbers = {"step": self.step, "tokens": self.tokens, "validated": self.validated}
         numbers["reader"] = self.cursor
         engine = self.engine
+        if self.skipped:
+            numbers["skipped"] = self.skipped
+        if self.config.train.on_spike != "ignore":
+            numbers["guard"] = engine.guard.state_dict()
         self.saved = save_checkpoint(run_dir, self.config, engine.model, engine.optimizer, numbers, engine.tensor_group)
 
-    def _not_finite(self, step: int, loss: float, grad_norm: float) -> str:
-        train = self.config.train
+    def _action(self, verdict: float) -> str:
+        return self.config.train.on_nan if verdict == NOT_FINITE else self.config.train.on_spike
+
+    def _harmful(self, line: dict) -> str:
         kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint was written yet"
+        in_a_row = "" if self.skipped <= MOST_SKIPPED else f", as {MOST_SKIPPED} steps before it"
+        return f"step {line['step']}: {_told(line)}{in_a_row}; stopped before the update, {kept}. {self._advice()}"
+
+    def _advice(self) -> str:
+        train = self.config.train
         return (
-            f"step {step}: the loss is {loss}, the gradient norm {grad_norm}; stopped before the update, {kept}. "
             f"Try a lower train.lr (now {train.lr:g}), more train.warmup_steps (now {train.warmup_steps}), "
             f"a lower model.memory.max_lr (now {self.config.model.memory.largest_lr:g}) or train.precision=fp32"
         )
+
+
+def _told(line: dict) -> str:
+    far = "" if line["skipped"] == NOT_FINITE else ", far above the steps before"
+    return f"the loss is {line['loss']}, the gradient norm {line['grad_norm']}{far}"
 
 
 def peak_memory_mib(device: torch.device) -> float:

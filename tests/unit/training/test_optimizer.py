@@ -19,6 +19,29 @@ def test_schedule_by_hand():
     assert rates == sorted(rates, reverse=True)
 
 
+def test_warm_up_stable_decay_by_hand():
+    train = TrainConfig(steps=100, warmup_steps=10, lr=1.0, min_lr=0.1, schedule="wsd", decay_steps=16)
+    assert {learning_rate(step, train) for step in range(10, 85)} == {1.0}
+    assert learning_rate(88, train) == pytest.approx(1 - 0.9 * 0.5)
+    assert learning_rate(93, train) == pytest.approx(1 - 0.9 * 0.75)
+    assert learning_rate(100, train) == pytest.approx(0.1)
+    longer = TrainConfig(steps=180, warmup_steps=10, lr=1.0, min_lr=0.1, schedule="wsd", decay_steps=16)
+    assert all(
+        learning_rate(step, train) == learning_rate(step, longer) for step in range(1, 85)
+    )  # a branch from there
+
+
+def test_a_constant_rate():
+    train = TrainConfig(steps=20, warmup_steps=4, lr=1.0, schedule="constant")
+    assert [learning_rate(step, train) for step in (2, 4, 5, 20)] == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_decay_steps_belong_to_their_schedule():
+    for wrong in ({"schedule": "wsd"}, {"schedule": "wsd", "steps": 5, "decay_steps": 6}, {"decay_steps": 3}):
+        with pytest.raises(ValueError, match="train.decay_steps"):
+            TrainConfig(**wrong)
+
+
 def test_schedule_without_warm_up_starts_below_the_peak_and_ends_at_the_minimum():
     train = TrainConfig(steps=2, warmup_steps=0, lr=1.0, min_lr=0.0)
     assert [learning_rate(step, train) for step in (1, 2)] == pytest.approx([0.5, 0.0])

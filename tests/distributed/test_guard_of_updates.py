@@ -1,0 +1,66 @@
+"""Steps that are to make no update make none under any optimizer: weights, moments, and the steps after them."""
+
+import pytest
+import torch
+from parity import case, fresh, global_batch
+
+from titans_pretrain.data.reader import Batch
+from titans_pretrain.parallel.apply import build_engine
+from titans_pretrain.parallel.mesh import build_mesh, leave_mesh
+from titans_pretrain.training.guard import FINE, NOT_FINITE, SPIKE
+
+
+def losses(values: dict, harm: dict[int, float]) -> tuple[list[int], list[float]]:
+    """Verdicts and losses of ten steps; harm: what the gradients of a step are multiplied by. A step that is harmed reads no row of
+    its own, so that without it all would be the same."""
+    config, model = fresh(values)
+    mesh = build_mesh(config, torch.device("cpu"))
+    torch.manual_seed(0)
+    engine = build_engine(config, model, mesh)
+    verdicts, found, read = [], [], 0
+    for step in range(10):
+        batch = global_batch(read, 4)
+        read += step not in harm
+        each = 4 // mesh.data.size
+        own = slice(mesh.data.rank * each, (mesh.data.rank + 1) * each)
+        batches = [Batch(*(x[own][i : i + 1] for x in batch)) for i in range(each)]
+        hooks = [
+            p.register_hook(lambda g, by=harm[step]: g * by)
+            for p in engine.model.parameters()
+            if step in harm and p.requires_grad
+        ]
+        loss = engine.forward_backward(batches, engine.count(batches))
+        engine.update(1e-3, loss)
+        for hook in hooks:
+            hook.remove()
+        verdicts.append(int(engine.guard.verdict))
+        if step not in harm:
+            found.append(float(loss))
+    leave_mesh()
+    return verdicts, found
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"zero_stage": 1},
+        {"zero_stage": 1, "precision": "bf16"},
+        {"zero_stage": 1, "offload_optimizer": True},
+        {"zero_stage": 2},
+        {"zero_stage": 2, "precision": "bf16"},
+        {"zero_stage": 3},
+        {"zero_stage": 3, "precision": "bf16"},
+    ],
+    ids=lambda x: "-".join(map(str, x.values())) or "plain",
+)
+def test_a_harmful_step_is_as_if_it_had_not_been(ranks, layout):
+    precision = layout.get("precision", "fp32")
+    parallel = {f"parallel__{k}": v for k, v in layout.items() if k != "precision"}
+    values = case("lmm", train__precision=precision, train__on_nan="skip", train__on_spike="skip", **parallel)
+    values["train"] |= {"warmup_steps": 0, "spike_window": 4, "spike_sigma": 100.0}
+    harmed, clean = (ranks(2).run(losses, values, harm) for harm in ({5: 1e4, 6: float("nan")}, {}))
+    for verdicts, found in harmed:
+        assert verdicts == [FINE] * 5 + [SPIKE, NOT_FINITE] + [FINE] * 3
+        assert found == clean[0][1][:8]
+    assert clean[0][0] == [FINE] * 10
