@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import importlib.util
+import json
+import math
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +77,22 @@ def test_report(run, data, capsys):
     assert found["unigram entropy"].startswith(f"{unigram_entropy(data, 'validation'):.4f}")
     assert found["loss curve"] == str(run / "loss.png")
     assert {"tokens/s", "peak memory", "training loss", "tokens", "MFU", "epochs"} <= found.keys()
+
+
+def test_report_tells_what_was_skipped_and_undone(run, capsys, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    steps[0] |= {"skipped": 1, "loss": math.nan}
+    steps[-1] |= {"skipped": 2}
+    back = {"step": steps[-1]["step"], "tokens": 1, "rolled_back_to": 3}
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, back]))
+    assert cli.main(["report", str(copy)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"skipped steps +2 \(1 of them spikes\)", out)
+    assert re.search(rf"rollbacks +at step {back['step']} to 3", out)
+    assert "nan" not in out
 
 
 def test_report_of_no_run_is_one_line(tmp_path, capsys):

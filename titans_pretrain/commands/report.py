@@ -6,6 +6,7 @@ from statistics import mean, median
 
 from titans_pretrain.commands.table import format_table
 from titans_pretrain.config import Config, load_run_config, refuse_commands
+from titans_pretrain.training.guard import SPIKE
 from titans_pretrain.training.loggers import read_metrics
 from titans_pretrain.training.plot import plot_loss
 
@@ -23,12 +24,17 @@ def report(run_dir: str) -> str:
     columns = {
         name: [line[name] for line in steps if name in line] for name in {name for line in steps for name in line}
     }
-    recent = columns["loss"][-max(1, len(steps) // 20) :]
+    recent = [x for x in columns["loss"] if math.isfinite(x)][-max(1, len(steps) // 20) :] or [math.nan]
     rows: dict[str, object] = {
         "steps": f"{steps[-1]['step']:,} of {config.train.steps:,}",
         "tokens": f"{columns['tokens'][-1]:,}",
         "training loss": f"{mean(recent):.4f} (mean of the last {len(recent)} steps)",
     }
+    if "skipped" in columns:
+        spikes = columns["skipped"].count(SPIKE)
+        rows["skipped steps"] = f"{len(columns['skipped']):,} ({spikes:,} of them spikes)"
+    if back := [line for line in lines if "rolled_back_to" in line]:
+        rows["rollbacks"] = ", ".join(f"at step {line['step']:,} to {line['rolled_back_to']:,}" for line in back)
     if "epochs" in columns:
         rows["epochs"] = f"{columns['epochs'][-1]:,.2f}"
     validations = [line for line in lines if "validation_loss" in line]

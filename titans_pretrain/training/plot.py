@@ -1,5 +1,6 @@
 """The loss curve of a run as a picture."""
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -58,6 +59,7 @@ def smoothed(losses: list[float] | tuple[float, ...]) -> list[float]:
     keep = 1 - 1 / max(1.0, len(losses) / SMOOTHED)
     total, weight, means = 0.0, 0.0, []
     for loss in losses:
-        total, weight = keep * total + loss, keep * weight + 1
-        means.append(total / weight)
+        if math.isfinite(loss):  # not that of a skipped step
+            total, weight = keep * total + loss, keep * weight + 1
+        means.append(total / weight if weight else math.nan)
     return means

@@ -1,6 +1,7 @@
 """What a run's numbers become: metrics.jsonl and its broken lines, one wandb run over all resumes, loss.png."""
 
 import json
+import math
 import sys
 import threading
 from types import SimpleNamespace
@@ -99,6 +100,7 @@ def test_the_curve_has_a_smoothed_line_readable_ticks_and_the_unigram_entropy(tm
 
 def test_smoothing_is_a_weighted_mean_of_what_came_before():
     assert plot.smoothed([2.0] * 7) == pytest.approx([2.0] * 7)
+    assert plot.smoothed([math.nan, 2.0, math.nan, 2.0])[1:] == pytest.approx([2.0] * 3)  # of skipped steps
     assert plot.smoothed([1.0, 3.0]) == [1.0, 3.0]  # as few steps as a picture can show one by one
     losses = [float(i % 7) for i in range(200)]
     keep = 1 - plot.SMOOTHED / 200
