@@ -63,7 +63,7 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
 
 
 def without_clocks(run_dir: Path) -> list[dict]:
-    clocks = ("tokens_per_second", "mfu", "data_wait", "peak_memory_mib")
+    clocks = ("tokens_per_second", "mfu", "data_wait", "checkpoint_stall", "peak_memory_mib")
     return [{k: v for k, v in line.items() if k not in clocks} for line in read_metrics(run_dir / "metrics.jsonl")]
 
 

@@ -20,6 +20,8 @@ Read = Callable[[str, dict[str, Tensor]], None]  # (kind, name -> tensor to be f
 class TorchStates:
     """Of a torch.optim.AdamW: the tensors themselves."""
 
+    copies = False
+
     def __init__(self, optimizer: torch.optim.Optimizer, data_group=None):
         """data_group: ranks that hold the same, None: this one alone."""
         self.optimizer, self.data_group = optimizer, data_group
@@ -51,6 +53,7 @@ class ZeroStates:
     """Of a DeepSpeed engine, ZeRO stage 1, 2 or 3. tensors() is collective over its data-parallel group."""
 
     SHARE = 2**28  # bytes that a rank loads at a time
+    copies = True  # whether tensors() gives out copies
 
     def __init__(self, engine):
         self.zero = engine.optimizer

@@ -11,11 +11,13 @@ The names and shapes are those of the model on one device, whatever layout wrote
 read in others. Every rank writes its part, and reads what it needs; what several need, one of them reads (spread.py).
 """
 
+import copy
 import io
 import json
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +39,15 @@ from titans_pretrain.checkpoint.store import (
     prune_checkpoints,
     temporary_folder,
 )
-from titans_pretrain.checkpoint.together import DamagedCheckpoint, from_all, rank, reading, together, world
+from titans_pretrain.checkpoint.together import (
+    DamagedCheckpoint,
+    agreed_group,
+    from_all,
+    rank,
+    reading,
+    together,
+    world,
+)
 from titans_pretrain.config import Config, load_config, save_config
 
 FORMAT_VERSION = 3  # 2: a pickle in the place of weights/metadata.json, and no checksums
@@ -49,15 +59,49 @@ _NUMBERS = {"version": int, "step": int, "tokens": int, "validated": int, "optim
 def save_checkpoint(
     run_dir: str | Path, config: Config, model: nn.Module, optimizer, trainer: dict, tensor_group=None
 ) -> Path:
+    """Writes RUN/checkpoints/step-N; see take_snapshot and write_snapshot."""
+    return write_snapshot(Path(run_dir), take_snapshot(config, model, optimizer, trainer, tensor_group))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold of this process."""
+
+    config: Config
+    numbers: dict  # the trainer's
+    rng: dict
+    tensors: dict[str, Tensor]
+
+
+def take_snapshot(
+    config: Config, model: nn.Module, optimizer, trainer: dict, tensor_group=None, staging: Callable | None = None
+) -> Snapshot:
+    """model: this rank's parameters under their global names; optimizer: torch's or a DeepSpeed engine; trainer: JSON-able, with
+    the number of finished steps as "step"; tensor_group: ranks over which parameters marked `tensor_model_parallel` are cut;
+    staging(name, tensor) -> a copy, finished by staging.finish(). None: the tensors themselves, to be written before they change.
+    Collective."""
+    states, trained = states_of(optimizer), _trained(model)
+
+    def own(name: str, tensor: Tensor) -> Tensor:
+        return tensor if staging is None else staging(name, tensor)
+
+    tensors = _untrained(model, tensor_group, own)
+    for kind, name, tensor in states.tensors(trained):
+        key = _key(kind, name)
+        tensors[key] = _global(tensor if states.copies else own(key, tensor), trained[name], tensor_group)
+    if staging is not None:
+        staging.finish()
+    numbers = {"version": FORMAT_VERSION, **trainer, "optimizer_steps": states.steps()}
+    return Snapshot(copy.deepcopy(config), copy.deepcopy(numbers), _rng_states(), tensors)
+
+
+def write_snapshot(run_dir: Path, snapshot: Snapshot) -> Path:
     """Writes RUN/checkpoints/step-N whole or not at all, points `latest` at it and clears old ones away.
 
-    model: this rank's parameters under their global names; optimizer: torch's or a DeepSpeed engine; trainer: JSON-able, with
-    the number of finished steps as "step"; tensor_group: ranks over which parameters marked `tensor_model_parallel` are cut.
     With several processes all call it, and it raises on all or none: OSError (disk full, no permission), with every earlier
-    checkpoint untouched.
-    """
-    step = trainer["step"]
-    target = Path(run_dir) / "checkpoints" / checkpoint_name(step)
+    checkpoint untouched."""
+    step, train = snapshot.numbers["step"], snapshot.config.train
+    target = run_dir / "checkpoints" / checkpoint_name(step)
     folder = temporary_folder(target)
     writing = partial(
         together,
@@ -68,26 +112,27 @@ def save_checkpoint(
     with writing():
         if rank() == 0:
             begin_folder(target)
-    states, trained, tensors = states_of(optimizer), _trained(model), _untrained(model, tensor_group)
-    for kind, name, tensor in states.tensors(trained):
-        tensors[_key(kind, name)] = _global(tensor, trained[name], tensor_group)
     with writing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this is one process, and whatever its own calls are warned of
-        dcp.save(tensors, storage_writer=Writer(folder / WEIGHTS), no_dist=world() == 1)
+        dcp.save(
+            snapshot.tensors,
+            storage_writer=Writer(folder / WEIGHTS),
+            no_dist=world() == 1,
+            process_group=agreed_group(),
+        )
     sums = {}
     with writing():
         sums = hash_files(folder, (folder / WEIGHTS).glob(f"__{rank()}_*"))
     sums = {name: value for told in from_all(sums) for name, value in told.items()}
     with writing():
         if rank() == 0:
-            torch.save(_rng_states(), folder / "rng.pt")
-            save_config(config, folder / "config.yaml")
-            numbers = {"version": FORMAT_VERSION, **trainer, "optimizer_steps": states.steps()}
-            (folder / "trainer.json").write_text(json.dumps(numbers, indent=1))
+            torch.save(snapshot.rng, folder / "rng.pt")
+            save_config(snapshot.config, folder / "config.yaml")
+            (folder / "trainer.json").write_text(json.dumps(snapshot.numbers, indent=1))
             write_sums(folder, sums)
             finish_folder(target)
             point_latest(target)
-            prune_checkpoints(target.parent, config.train.keep_checkpoints)
+            prune_checkpoints(target.parent, train.keep_checkpoints, train.keep_every, train.keep_best)
     return target
 
 
@@ -96,7 +141,7 @@ def load_checkpoint(
 ) -> dict:
     """Puts a checkpoint of any layout back into a model, its optimizer and the random generators; returns the trainer's numbers.
 
-    See save_checkpoint for the arguments; data_group: ranks with the same parameters, which read them once; checked: its files
+    See take_snapshot for the arguments; data_group: ranks with the same parameters, which read them once; checked: its files
     have been compared with their checksums. With several processes all call it, and it raises on all or none: ValueError for a
     checkpoint that does not fit, DamagedCheckpoint (a ValueError) that names the file, OSError for one that cannot be read."""
     if not checked:
@@ -219,10 +264,12 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
-def _untrained(model: nn.Module, tensor_group) -> dict[str, Tensor]:
-    """What no optimizer has: the other parameters, and persistent buffers."""
-    frozen = {n: _global(p.data, p, tensor_group) for n, p in model.named_parameters() if not p.requires_grad}
-    return {_key("weight", n): t for n, t in (frozen | _buffers(model)).items()}
+def _untrained(model: nn.Module, tensor_group, own: Callable = lambda name, tensor: tensor) -> dict[str, Tensor]:
+    """What no optimizer has: the other parameters, and persistent buffers. own(name, tensor): what is taken of each."""
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    tensors = {n: _global(own(n, p.data), p, tensor_group) for n, p in frozen.items()}
+    tensors |= {n: own(n, t) for n, t in _buffers(model).items()}
+    return {_key("weight", n): t for n, t in tensors.items()}
 
 
 def _global(tensor: Tensor, p: nn.Parameter, tensor_group) -> Tensor:

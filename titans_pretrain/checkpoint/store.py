@@ -5,7 +5,9 @@ RUN/checkpoints/latest           text: the name of the newest one
 """
 
 import contextlib
+import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -132,18 +134,32 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Of the one that RUN/checkpoints/latest names and those before it, removes all but the `keep` last (0: keeps all).
+def prune_checkpoints(folder: Path, keep: int, every: int = 0, best: int = 0) -> None:
+    """Of the one that RUN/checkpoints/latest names and those before it, removes all but the `keep` last (0: keeps all), those of steps
+    that are multiples of `every`, and the `best` ones by the validation loss in their trainer.json.
 
     Those of later steps stay: whoever went back to an earlier one may want them. What cannot be removed is told and tried again
     the next time: it never ends a run."""
-    for old in checkpoints(folder, latest_checkpoint(folder.parent))[:-keep] if keep else []:
+    known = checkpoints(folder, latest_checkpoint(folder.parent))
+    kept = set(sorted(filter(_validation_loss, known), key=_validation_loss)[:best])
+    kept |= {path for path in known if every and int(_NAME.fullmatch(path.name)[1]) % every == 0}
+    for old in known[:-keep] if keep else []:
+        if old in kept:
+            continue
         try:  # out of sight in one move first, so that a half-removed folder never looks like a checkpoint
             os.rename(old, old.with_name(f"{_DOOMED}{old.name}"))
         except OSError as e:
             log.warning("cannot remove the old checkpoint %s: %s; training goes on", old, e)
     for doomed in folder.glob(f"{_DOOMED}*"):
         _remove_tree(doomed)
+
+
+def _validation_loss(checkpoint: Path) -> float | None:
+    """Of the weights in it; None where they were not validated."""
+    with contextlib.suppress(OSError, ValueError):
+        loss = json.loads((checkpoint / "trainer.json").read_bytes()).get("validation_loss")
+        return loss if isinstance(loss, float) and math.isfinite(loss) else None
+    return None
 
 
 def clear_leftovers(folder: Path) -> None:

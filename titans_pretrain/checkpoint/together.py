@@ -1,6 +1,7 @@
 """What all ranks do at once: where one of them fails, all do."""
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,6 +12,24 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 class DamagedCheckpoint(ValueError):
     """A file of a checkpoint does not hold what was written into it."""
+
+
+# Over which processes agree: one group for each thread that does, None for the default one.
+_group = contextvars.ContextVar("group", default=None)
+
+
+@contextlib.contextmanager
+def agreeing_over(group) -> Iterator[None]:
+    """Inside, this thread agrees with the others' over `group`, of all processes."""
+    token = _group.set(group)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
+def agreed_group():
+    return _group.get()
 
 
 def world() -> int:
@@ -26,7 +45,7 @@ def from_all(mine) -> list:
     if world() == 1:
         return [mine]
     told = [None] * world()
-    dist.all_gather_object(told, mine)
+    dist.all_gather_object(told, mine, group=_group.get())
     return told
 
 

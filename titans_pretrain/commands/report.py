@@ -48,6 +48,9 @@ def report(run_dir: str) -> str:
     rows["tokens/s"] = f"{median(columns['tokens_per_second']):,.0f} (median)"
     if "mfu" in columns:
         rows["MFU"] = f"{median(columns['mfu']):.1%} (median)"
+    if "checkpoint_stall" in columns:
+        stalls = columns["checkpoint_stall"]
+        rows["checkpoints"] = f"{len(stalls):,}, training waited {median(stalls):.2f} s for each (median)"
     rows["peak memory"] = f"{max(columns['peak_memory_mib']):,.0f} MiB"
     try:
         rows["loss curve"] = plot_loss(run, None if isinstance(entropy, str) else entropy)

@@ -71,6 +71,11 @@ class TrainConfig:
     eval_batches: int = setting(16, "micro-batches in one validation, always the same ones")
     checkpoint_every: int = setting(200, "steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = setting(3, "newest ones kept; 0: all")
+    keep_every: int = setting(0, "steps; checkpoints of their multiples are kept for ever; 0: none")
+    keep_best: int = setting(0, "checkpoints with the lowest validation loss that are kept as well")
+    checkpoint_async: bool = setting(
+        False, "training goes on while a checkpoint is written, from a copy of the state in CPU memory"
+    )
     log_every: int = setting(
         10, "steps between printed lines, and on a GPU between looks at the loss; metrics.jsonl has every step"
     )
@@ -110,7 +115,7 @@ class TrainConfig:
             raise ValueError(f"train.decay_steps={self.decay_steps} goes with train.schedule=wsd, not {self.schedule}")
         for name in ("seed", "lr", "min_lr", "warmup_steps", "weight_decay", "eps", "grad_clip"):
             at_least("train." + name, getattr(self, name), 0)
-        for name in ("eval_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best"):
             at_least("train." + name, getattr(self, name), 0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:

@@ -15,8 +15,8 @@ from titans_pretrain.checkpoint import (
     checkpoint_name,
     load_checkpoint,
     load_initial,
-    save_checkpoint,
 )
+from titans_pretrain.checkpoint.saver import Saver
 from titans_pretrain.config import Config
 from titans_pretrain.data import Stopped
 from titans_pretrain.training.engine import Engine
@@ -49,8 +49,11 @@ class Trainer:
         self.step = 0  # finished optimizer steps
         self.tokens = 0  # targets trained on in them
         self.validated = 0  # the last step that was validated
+        self.validation_loss: float | None = None  # then
         self.cursor = reader.state_dict()  # of the data after them
-        self.saved: Path | None = None  # the newest checkpoint
+        self.saver = Saver(config.train.checkpoint_async)
+        self.saved: Path | None = None  # the newest checkpoint that is whole
+        self._stall = 0.0  # seconds that saving kept the training waiting, since the last step
         self.skipped = 0  # steps in a row without an update, up to now
         self.rollbacks = 0  # since the last update
         # Steps between looks at the loss. On a CPU it is at hand, and DeepSpeed waits for the device in every step anyway.
@@ -98,7 +101,7 @@ class Trainer:
         is not finite."""
         train = self.config.train
         try:
-            while not self.engine.any(stop.received is not None):
+            while not self.engine.any(stop.received is not None or self.saver.failed):
                 if self._validation_is_due():
                     self._report(loggers, progress)
                     self._validate(loggers, progress, stop)
@@ -117,6 +120,7 @@ class Trainer:
             raise
         self._report(loggers, progress)
         self.save(run_dir, loggers)
+        self._settle()
         return self.step >= train.steps and not self._validation_is_due()
 
     def train_step(self) -> dict | None:
@@ -145,6 +149,8 @@ class Trainer:
             "data_wait": round(waited, 4),
             "peak_memory_mib": round(peak_memory_mib(self.device), 1),
         }
+        if self._stall:
+            values["checkpoint_stall"], self._stall = round(self._stall, 4), 0.0
         self._unread.append(values)
         if self.read_every == 1:
             self.read()
@@ -194,6 +200,7 @@ class Trainer:
 
     def _roll_back(self, loggers: Sequence[Logger], progress: Progress | None) -> None:
         """Takes weights and optimizer from the newest checkpoint. The data goes on after the rows that did harm, and so do the steps."""
+        self._settle()
         self._goes_back, self.rollbacks = False, self.rollbacks + 1
         if self.saved is None or self.rollbacks > MOST_ROLLBACKS:
             why = (
@@ -239,15 +246,17 @@ class Trainer:
     def _validate(self, loggers: Sequence[Logger], progress: Progress | None, stop: StopRequest) -> None:
         found = self.validator.run(self.engine, stop)
         if found is not None:
-            self.validated = self.step
+            self.validated, self.validation_loss = self.step, found["validation_loss"]
             _log(loggers, {"step": self.step, "tokens": self.tokens, **found})
             if progress is not None:
                 progress.note(f"step {self.step}: validation loss {found['validation_loss']:.4f}")
 
     def save(self, run_dir: Path, loggers: Sequence[Logger] = ()) -> None:
-        """Writes a checkpoint of this step, unless there is one. Raises ValueError as `read` does: none is of a step that is not
-        finite."""
+        """Writes a checkpoint of this step, unless there is one, or begins to (see Saver); first the one before is waited for. Raises
+        ValueError as `read` does: none is of a step that is not finite."""
         self.read()
+        start = time.perf_counter()
+        self._settle()
         if self.step == 0 or (self.saved and self.saved.name == checkpoint_name(self.step)):
             return
         for logger in loggers:
@@ -257,12 +266,22 @@ class Trainer:
                 log.warning("cannot flush the metrics: %s", e)
         numbers = {"step": self.step, "tokens": self.tokens, "validated": self.validated}
         numbers["reader"] = self.cursor
+        if self.validated == self.step and self.validation_loss is not None:
+            numbers["validation_loss"] = self.validation_loss
         engine = self.engine
         if self.skipped:
             numbers["skipped"] = self.skipped
         if self.config.train.on_spike != "ignore":
             numbers["guard"] = engine.guard.state_dict()
-        self.saved = save_checkpoint(run_dir, self.config, engine.model, engine.optimizer, numbers, engine.tensor_group)
+        self.saver.save(run_dir, self.config, engine.model, engine.optimizer, numbers, engine.tensor_group)
+        if not self.config.train.checkpoint_async:
+            self._settle()
+        self._stall += time.perf_counter() - start
+
+    def _settle(self) -> None:
+        """Waits for the checkpoint that is being written."""
+        if (written := self.saver.wait()) is not None:
+            self.saved = written
 
     def _action(self, verdict: float) -> str:
         return self.config.train.on_nan if verdict == NOT_FINITE else self.config.train.on_spike

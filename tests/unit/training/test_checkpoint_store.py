@@ -3,10 +3,12 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from titans_pretrain.checkpoint import checkpoints, latest_checkpoint, store
+from titans_pretrain.training.signals import StopRequest
 
 
 @pytest.fixture
@@ -124,6 +126,39 @@ def test_the_newest_is_never_removed_nor_are_later_steps(tmp_path, there, newest
     store.prune_checkpoints(folder, keep)
     assert steps(folder) == left
     assert not list(folder.glob(".*"))
+
+
+def test_some_are_kept_for_ever_and_the_best_by_validation(tmp_path):
+    folder = tmp_path / "checkpoints"
+    losses = {100: 3.5, 200: 2.0, 300: None, 400: 2.5, 500: float("nan"), 600: 2.2, 700: 2.9}
+    for step, loss in losses.items():
+        make(folder, step)
+        if loss is not None:
+            (folder / store.checkpoint_name(step) / "trainer.json").write_text(json.dumps({"validation_loss": loss}))
+    store.point_latest(folder / store.checkpoint_name(700))
+    store.prune_checkpoints(folder, 1, every=300, best=2)
+    assert steps(folder) == [200, 300, 600, 700]
+    store.prune_checkpoints(folder, 1, best=1)
+    assert steps(folder) == [200, 700]
+
+
+def test_a_run_keeps_its_best(make_trainer, tmp_path):
+    """The loss falls, then a rate that is far too high raises it."""
+    trainer = make_trainer(
+        validate=True, keep_checkpoints=1, keep_best=1, checkpoint_every=1, eval_every=2, steps=8, schedule="constant"
+    )
+    step = trainer.train_step
+
+    def stepping():
+        trainer.config.train.lr = 5.0 if trainer.step >= 6 else 1e-2
+        return step()
+
+    trainer.train_step = stepping
+    logged = []
+    trainer.run(tmp_path, [SimpleNamespace(log=logged.append, flush=lambda: None)], None, StopRequest())
+    found = {line["step"]: line["validation_loss"] for line in logged if "validation_loss" in line}
+    assert min(found, key=found.get) == 6 and sorted(found) == [2, 4, 6, 8]
+    assert steps(tmp_path / "checkpoints") == [6, 8]
 
 
 @pytest.mark.parametrize("refused", ["rename", "rmtree"])
