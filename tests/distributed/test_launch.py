@@ -130,7 +130,7 @@ def test_a_killed_process_ends_the_others_with_the_reason(data, tmp_path, victim
     try:
         wait_for_step(run_dir, 4)
         processes.running[victim].send_signal(signal.SIGKILL)
-        results = processes.wait(timeout=60)
+        results = processes.wait(timeout=300)
     finally:
         processes.kill()
     for rank, (code, output) in enumerate(results):
@@ -147,7 +147,7 @@ def test_a_signal_to_one_process_stops_all_after_a_checkpoint(data, tmp_path):
     try:
         wait_for_step(run_dir, 2)
         processes.running[1].send_signal(signal.SIGUSR1)
-        results = processes.wait(timeout=120)
+        results = processes.wait(timeout=300)
     finally:
         processes.kill()
     assert [code for code, _ in results] == [85, 85], results

@@ -101,10 +101,10 @@ def test_two_processes_log_what_one_does(ranks, data, alone, tmp_path, parallel)
     if "cp" not in parallel:  # and checkpoints in every step, written while the next one runs
         settings |= {"train.checkpoint_async": True, "train.checkpoint_every": 1}
     two = ranks(2)
-    assert two.run(run_train, settings, dtype, stopped=1, timeout=120) == [85, 85]
+    assert two.run(run_train, settings, dtype, stopped=1) == [85, 85]
     assert max(line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")) == CUT
     assert (tmp_path / "checkpoints/latest").read_text() == f"step-{CUT:08d}\n"
-    assert two.run(run_train, settings, dtype, timeout=120) == [0, 0]
+    assert two.run(run_train, settings, dtype) == [0, 0]
 
     ours, expected = read_metrics(tmp_path / "metrics.jsonl"), alone(dtype)
     assert [line["lr"] for line in ours if "lr" in line] == pytest.approx(RATES, rel=1e-12)

@@ -42,7 +42,7 @@ def run(tmp_path, template, *arguments, env=None, code=0, **stubs):
 @pytest.mark.parametrize("code, requeued", [(0, False), (85, True), (2, False)])
 def test_train_goes_back_into_the_queue_only_when_it_saved(tmp_path, code, requeued):
     process, calls = run(tmp_path, "train.sbatch", "configs/tiny.yaml", "run.name=two words", code=code)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == (0 if requeued else code)
     assert ("scontrol requeue 70007" in calls()) == requeued
     assert calls().count("titans-pretrain train configs/tiny.yaml run.name=two words") == 4
@@ -50,7 +50,7 @@ def test_train_goes_back_into_the_queue_only_when_it_saved(tmp_path, code, reque
 
 def test_train_tells_each_task_its_rank(tmp_path):
     process, calls = run(tmp_path, "train.sbatch", "configs/tiny.yaml")
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert [line for line in calls() if line.startswith("rank")] == [
         f"rank {rank} of 4, local {rank % 2}, node3:20007" for rank in range(4)
     ]
@@ -73,14 +73,14 @@ def test_train_passes_a_signal_on_and_waits(tmp_path):
 def test_tokenize_takes_its_part_of_the_array(tmp_path):
     env = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_CPUS_PER_TASK": "4"}
     process, calls = run(tmp_path, "tokenize.sbatch", "corpus", "tok", "data", "--deduplicate", env=env)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert calls() == ["titans-data tokenize corpus --tokenizer tok --out data --workers 4 --shard 2/8 --deduplicate"]
 
 
 @pytest.mark.parametrize("template", sorted(p.name for p in TEMPLATES.glob("*.sbatch")))
 def test_usage(tmp_path, template):
     process, calls = run(tmp_path, template)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 2 and "usage: sbatch" in errors and not calls()
 
 
