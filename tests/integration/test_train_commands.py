@@ -1,5 +1,6 @@
 """The commands around training: eval, generate, report, export, doctor, and --help."""
 
+import html.parser
 import importlib.metadata
 import importlib.util
 import json
@@ -18,6 +19,7 @@ from titans_pretrain.checkpoint import find_checkpoint, load_model
 from titans_pretrain.checkpoint.checksums import SUMS, write_sums
 from titans_pretrain.commands.generate import Context, Sampling, Writer, generate_tokens, pick_token
 from titans_pretrain.data import build_reader, unigram_entropy
+from titans_pretrain.training.health import NAMES
 from titans_pretrain.training.loggers import read_metrics
 
 TINY = Path(__file__).parents[2] / "configs/tiny.yaml"
@@ -93,6 +95,36 @@ def test_report_tells_what_was_skipped_and_undone(run, capsys, tmp_path):
     assert re.search(r"skipped steps +2 \(1 of them spikes\)", out)
     assert re.search(rf"rollbacks +at step {back['step']} to 3", out)
     assert "nan" not in out
+    page = (copy / "report.html").read_text()
+    assert "no update: not finite" in page and "no update: a spike" in page and "back to the weights of step 3" in page
+
+
+def test_report_writes_a_page_that_needs_nothing_else(run, capsys, tmp_path):
+    copy = tmp_path / "<run> & more"
+    shutil.copytree(run, copy)
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "loss" in line and line["step"] % 4 == 0:
+            line |= {f"memory.{i}.{name}": i + line["step"] / 100 for i in range(11) for name in NAMES}
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (copy / "events.jsonl").write_bytes((run / "events.jsonl").read_bytes() + b'{"time": 1, "ev')  # cut off
+    assert cli.main(["report", str(copy)]) == 0
+    assert str(copy / "report.html") in capsys.readouterr().out
+    page = (copy / "report.html").read_text()
+
+    class Tags(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            found.append(tag)
+            for name, value in attributes:
+                assert name not in ("src", "onload") and (name != "href" or value.startswith("#")), (tag, name, value)
+                assert name not in ("href", "xlink:href") or value.startswith("#"), value
+
+    found: list[str] = []
+    Tags().feed(page)
+    assert "script" not in found and found.count("svg") == 1 + 7 + len(NAMES)
+    assert "&lt;run&gt; &amp; more" in page and "<run>" not in page
+    assert "started, " in page and "finished, " in page and "layer 10" in page and "layer 5" not in page
+    assert all(label in page for label in NAMES.values())
 
 
 def test_report_of_no_run_is_one_line(tmp_path, capsys):

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from statistics import mean, median
 
+from titans_pretrain.commands.report_page import write_page
 from titans_pretrain.commands.table import format_table
 from titans_pretrain.config import Config, load_run_config, refuse_commands
 from titans_pretrain.training.guard import SPIKE
@@ -12,7 +13,7 @@ from titans_pretrain.training.plot import plot_loss
 
 
 def report(run_dir: str) -> str:
-    """A table of a run folder's metrics; draws loss.png anew if the folder can be written. Raises ValueError for a folder that is
+    """A table of a run folder's metrics; draws loss.png and writes report.html anew if the folder can be written. Raises ValueError for a folder that is
     no run, and for a file in it that is broken."""
     run = Path(run_dir)
     if not (run / "config.yaml").is_file() or not (run / "metrics.jsonl").is_file():
@@ -56,6 +57,11 @@ def report(run_dir: str) -> str:
         rows["loss curve"] = plot_loss(run, None if isinstance(entropy, str) else entropy)
     except Exception as e:  # a folder that is only to be read, a broken matplotlib: the rest of the report still holds
         rows["loss curve"] = f"not drawn: {' '.join(str(e).split())}"
+    try:
+        page = dict(rows)
+        rows["page"] = write_page(run, page, lines, None if isinstance(entropy, str) else entropy)
+    except Exception as e:
+        rows["page"] = f"not written: {' '.join(str(e).split())}"
     return format_table(rows)
 
 

@@ -25,6 +25,7 @@ from titans_pretrain.parallel.launch import Watchdog, check_agreement, launched_
 from titans_pretrain.parallel.mesh import Mesh, build_mesh, describe
 from titans_pretrain.parallel.zero_keys import check_block
 from titans_pretrain.training.engine import pick_device
+from titans_pretrain.training.events import log_event
 from titans_pretrain.training.gauge import Gauge
 from titans_pretrain.training.loggers import build_loggers
 from titans_pretrain.training.plot import plot_loss
@@ -126,15 +127,19 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start)
             progress.note(without_validation)
         for line in _told(start, trainer):
             progress.note(line)
+        begun = "started" if start.checkpoint is None or start.weights_only else "resumed"
+        log_event(run_dir, begun, trainer.step, processes=mesh.world)
     try:
         done = trainer.run(run_dir, loggers, progress, stop)
     finally:
         for part in [reader, *([validator.reader] if validator else []), *([progress] if progress else []), *loggers]:
             _despite_failures(part.close)
     if done and engine.is_main:
+        log_event(run_dir, "finished", trainer.step)
         _despite_failures(partial(plot_loss, run_dir))
     if not done:
         if engine.is_main:
+            log_event(run_dir, "stopped", trainer.step, by=stop.received.name if stop.received else "another process")
             where = f"saved {trainer.saved}" if trainer.saved else "nothing was trained yet"
             by = stop.received.name if stop.received else "a signal to another process"
             told = f"stopped by {by}: {where}; the same command goes on from there"

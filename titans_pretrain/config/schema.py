@@ -76,6 +76,10 @@ class TrainConfig:
     checkpoint_async: bool = setting(
         False, "training goes on while a checkpoint is written, from a copy of the state in CPU memory"
     )
+    health_every: int = setting(
+        100,
+        "steps between looks at every memory layer (gates, drift, surprise), in metrics.jsonl; 0: none, as with compile",
+    )
     log_every: int = setting(
         10, "steps between printed lines, and on a GPU between looks at the loss; metrics.jsonl has every step"
     )
@@ -115,7 +119,7 @@ class TrainConfig:
             raise ValueError(f"train.decay_steps={self.decay_steps} goes with train.schedule=wsd, not {self.schedule}")
         for name in ("seed", "lr", "min_lr", "warmup_steps", "weight_decay", "eps", "grad_clip"):
             at_least("train." + name, getattr(self, name), 0)
-        for name in ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best"):
+        for name in ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "health_every"):
             at_least("train." + name, getattr(self, name), 0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:

@@ -1,10 +1,10 @@
 """The loss curve of a run as a picture."""
 
+import io
 import math
-import os
-import tempfile
 from pathlib import Path
 
+from titans_pretrain.disk import write_whole
 from titans_pretrain.training.loggers import read_metrics
 
 SMOOTHED = 50  # the smoothed curve's memory is one part in so many of the run, in steps
@@ -42,15 +42,9 @@ def plot_loss(run_dir: str | Path, unigram_entropy: float | None = None) -> Path
     axes.grid(alpha=0.3)
     axes.legend()
     target = run_dir / "loss.png"
-    # Not through a link that lies there: the folder may be someone else's.
-    descriptor, temporary = tempfile.mkstemp(suffix=".png", prefix=".writing-", dir=run_dir)
-    try:
-        with open(descriptor, "wb") as file:
-            figure.savefig(file, dpi=120, format="png")
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_whole(target, picture.getvalue())
     return target
 
 

@@ -22,6 +22,7 @@ from titans_pretrain.data import Stopped
 from titans_pretrain.training.engine import Engine
 from titans_pretrain.training.gauge import Gauge
 from titans_pretrain.training.guard import FINE, NOT_FINITE
+from titans_pretrain.training.health import Health
 from titans_pretrain.training.loggers import Logger
 from titans_pretrain.training.optimizer import learning_rate
 from titans_pretrain.training.progress import Progress
@@ -51,6 +52,7 @@ class Trainer:
         self.validated = 0  # the last step that was validated
         self.validation_loss: float | None = None  # then
         self.cursor = reader.state_dict()  # of the data after them
+        self.health = Health(engine.model)
         self.saver = Saver(config.train.checkpoint_async)
         self.saved: Path | None = None  # the newest checkpoint that is whole
         self._stall = 0.0  # seconds that saving kept the training waiting, since the last step
@@ -133,7 +135,9 @@ class Trainer:
             return None
         batches, targets, waited = drawn
         rate = learning_rate(self.step + 1, self.config.train)
-        loss = self.engine.forward_backward(batches, targets)
+        watched = _due(self.step + 1, self.config.train.health_every) and not self.config.train.compile
+        with self.health.watching() if watched else contextlib.nullcontext():
+            loss = self.engine.forward_backward(batches, targets)
         grad_norm = self.engine.update(rate, loss)
         self.step += 1
         self.tokens += targets
@@ -149,6 +153,8 @@ class Trainer:
             "data_wait": round(waited, 4),
             "peak_memory_mib": round(peak_memory_mib(self.device), 1),
         }
+        if watched:
+            values |= self.health.of_all()
         if self._stall:
             values["checkpoint_stall"], self._stall = round(self._stall, 4), 0.0
         self._unread.append(values)
