@@ -39,10 +39,14 @@ def arguments(data: Path, run_dir: Path, **changes) -> list[str]:
     return ["configs/tiny.yaml", *(f"{k}={v}" for k, v in (settings | changes).items())]
 
 
-class Processes:
-    """`world` processes of `titans-pretrain train`, started by hand, so that nothing but themselves ends them."""
+MAIN = "import sys; from titans_pretrain.cli import main; sys.exit(main(sys.argv[1:]))"
 
-    def __init__(self, world: int, commands: list[list[str]]):
+
+class Processes:
+    """`world` processes of `titans-pretrain train`, started by hand, so that nothing but themselves ends them. before: Python code of
+    some ranks, that runs first."""
+
+    def __init__(self, world: int, commands: list[list[str]], before: dict[int, str] | None = None):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -50,7 +54,7 @@ class Processes:
         common |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.running = [
             subprocess.Popen(
-                [sys.executable, "-m", "titans_pretrain", "train", *commands[rank]],
+                [sys.executable, "-c", f"{(before or {}).get(rank, '')}\n{MAIN}", "train", *commands[rank]],
                 env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -126,7 +130,8 @@ def test_a_layout_that_does_not_fit_is_refused_at_once(data, tmp_path):
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_others_with_the_reason(data, tmp_path, victim):
     run_dir = tmp_path / "run"
-    processes = Processes(3, [arguments(data, run_dir, **{"train.steps": 100000, "train.global_batch": 3})] * 3)
+    settings = {"train.steps": 100000, "train.global_batch": 3, "parallel.lost_after_seconds": 8}
+    processes = Processes(3, [arguments(data, run_dir, **settings)] * 3)
     try:
         wait_for_step(run_dir, 4)
         processes.running[victim].send_signal(signal.SIGKILL)
@@ -154,6 +159,48 @@ def test_a_signal_to_one_process_stops_all_after_a_checkpoint(data, tmp_path):
     assert "the same command goes on from there" in results[0][1]
     last = [line for line in metrics(run_dir) if "loss" in line][-1]["step"]
     assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"step-{last:08d}"
+
+
+HANG = """
+import time
+from titans_pretrain.data.reader import Reader
+draw = Reader.__next__
+def __next__(self, count=[0]):
+    count[0] += 1
+    while count[0] > 9:
+        time.sleep(0.1)
+    return draw(self)
+Reader.__next__ = __next__
+"""
+
+
+def test_a_process_that_hangs_is_named_with_its_call(data, tmp_path):
+    settings = {"train.steps": 100000, "train.global_batch": 2, "train.eval_every": 0, "parallel.hang_minutes": 0.1}
+    run_dir = tmp_path / "run"
+    results = Processes(2, [arguments(data, run_dir, **settings)] * 2, {1: HANG}).wait(timeout=300)
+    assert (run_dir / "checkpoints/latest").read_text() == "step-00000009\n"
+    for rank, (code, output) in enumerate(results):
+        assert code == 86, output
+        assert f"rank {rank} at step 10 hangs here:" in output
+        assert re.search(
+            r"error: no step was finished for 6 s: rank 1 is behind, at step 10 in _draw \(training/trainer.py, line \d+, calling "
+            r"__next__\); rank 0 waits in _agree \(parallel/engine.py, line \d+, calling wrapper\)", output,
+        ), output  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_for_a_while_ends_nothing(data, tmp_path):
+    run_dir = tmp_path / "run"
+    processes = Processes(2, [arguments(data, run_dir, **{"train.steps": 300, "train.global_batch": 2})] * 2)
+    try:
+        wait_for_step(run_dir, 4)
+        processes.running[1].send_signal(signal.SIGSTOP)
+        time.sleep(20)
+        processes.running[1].send_signal(signal.SIGCONT)
+        results = processes.wait(timeout=300)
+    finally:
+        processes.kill()
+    assert [code for code, _ in results] == [0, 0], results
 
 
 BLOCKED = (

@@ -21,8 +21,9 @@ from titans_pretrain.data.storage import Folder
 from titans_pretrain.data.tokenizer import DEFINITION, ENTRY, read_tokenizer_entry
 from titans_pretrain.models import build_model
 from titans_pretrain.parallel.apply import build_engine
-from titans_pretrain.parallel.launch import Watchdog, check_agreement, launched_world, leave_processes
+from titans_pretrain.parallel.launch import check_agreement, launched_world, leave_processes
 from titans_pretrain.parallel.mesh import Mesh, build_mesh, describe
+from titans_pretrain.parallel.watchdog import Watchdog
 from titans_pretrain.parallel.zero_keys import check_block
 from titans_pretrain.training.engine import pick_device
 from titans_pretrain.training.events import log_event
@@ -54,10 +55,11 @@ def _train(config: Config, stop: StopRequest) -> int:
     if os.environ.get("RANK", "0") == "0" and (told := memory_warning(config, device, launched_world())):
         print(told, file=sys.stderr, flush=True)
     mesh = build_mesh(config, device)
-    with Watchdog(), _owning(run_dir):
+    hang_after = config.parallel.hang_minutes * 60 or None
+    with Watchdog(config.parallel.lost_after_seconds, hang_after) as watchdog, _owning(run_dir):
         newest = latest_checkpoint(run_dir)
         check_agreement(flatten(config) | {"checkpoint": newest and newest.name, "torch": torch.__version__})
-        return _train_together(config, stop, mesh, find_start(config))
+        return _train_together(config, stop, mesh, find_start(config), watchdog.progress)
 
 
 @contextlib.contextmanager
@@ -77,7 +79,9 @@ def _owning(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start) -> int:
+def _train_together(
+    config: Config, stop: StopRequest, mesh: Mesh, start: Start, progressed: Callable[[int], None]
+) -> int:
     run_dir = Path(config.run.dir)
     seed_everything(config.train.seed)
     place = {
@@ -103,6 +107,7 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start)
     parameters = sum(p.numel() for p in model.parameters())
     engine = build_engine(config, model, mesh, initialise=start.checkpoint is None)
     trainer = Trainer(config, engine, reader, validator, mesh.device)
+    trainer.progressed = progressed
     if start.weights_only:
         trainer.start_from(start.checkpoint)
     elif start.checkpoint is not None:

@@ -173,11 +173,18 @@ class ParallelConfig:
     )
     offload_optimizer: bool = setting(False, "ZeRO keeps the optimizer's state in CPU memory")
     timeout_minutes: float = setting(30.0, "how long a process waits for the others, at the start and in a collective")
+    lost_after_seconds: float = setting(60.0, "without a sign of life from a process, before all end")
+    hang_minutes: float = setting(
+        20.0, "without a finished step or validation, before all print their stacks and end; 0: never"
+    )
 
     def __post_init__(self):
         check_fields(self, "parallel")
         for name in ("tp", "pp", "cp", "segments_per_rank", "inflight", "stages_per_rank"):
             at_least("parallel." + name, getattr(self, name), 1)
+        if not self.lost_after_seconds >= 5:
+            raise ValueError(f"parallel.lost_after_seconds must be 5 or more, got {self.lost_after_seconds}")
+        at_least("parallel.hang_minutes", self.hang_minutes, 0)
         if not self.timeout_minutes > 0:
             raise ValueError(f"parallel.timeout_minutes must be positive, got {self.timeout_minutes}")
         if (self.stages_per_rank > 1) != (self.pipeline_schedule == "interleaved"):

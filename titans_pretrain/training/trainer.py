@@ -5,7 +5,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -52,6 +52,7 @@ class Trainer:
         self.validated = 0  # the last step that was validated
         self.validation_loss: float | None = None  # then
         self.cursor = reader.state_dict()  # of the data after them
+        self.progressed: Callable[[int], None] = lambda step: None  # is told of every step and validation
         self.health = Health(engine.model)
         self.saver = Saver(config.train.checkpoint_async)
         self.saved: Path | None = None  # the newest checkpoint that is whole
@@ -104,6 +105,7 @@ class Trainer:
         train = self.config.train
         try:
             while not self.engine.any(stop.received is not None or self.saver.failed):
+                self.progressed(self.step)
                 if self._validation_is_due():
                     self._report(loggers, progress)
                     self._validate(loggers, progress, stop)
