@@ -30,6 +30,7 @@ from titans_pretrain.training.events import log_event
 from titans_pretrain.training.gauge import Gauge
 from titans_pretrain.training.loggers import build_loggers
 from titans_pretrain.training.plot import plot_loss
+from titans_pretrain.training.profiler import Profiler
 from titans_pretrain.training.progress import Progress
 from titans_pretrain.training.run_lock import RunLock
 from titans_pretrain.training.signals import INTERRUPTED_EXIT_CODE, StopRequest
@@ -135,7 +136,9 @@ def _train_together(
         begun = "started" if start.checkpoint is None or start.weights_only else "resumed"
         log_event(run_dir, begun, trainer.step, processes=mesh.world)
     try:
-        done = trainer.run(run_dir, loggers, progress, stop)
+        with Profiler(run_dir, config.run.profile_steps, mesh.rank) as profiler:
+            trainer.profiled = profiler.step
+            done = trainer.run(run_dir, loggers, progress, stop)
     finally:
         for part in [reader, *([validator.reader] if validator else []), *([progress] if progress else []), *loggers]:
             _despite_failures(part.close)

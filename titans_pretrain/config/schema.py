@@ -207,6 +207,9 @@ class RunConfig:
     dir: str | None = setting(None, "the run folder; null: runs/NAME")
     wandb: str | None = setting(None, "a Weights & Biases project; offline unless WANDB_MODE says otherwise")
     tensorboard: bool = setting(False, "write RUN/tensorboard")
+    profile_steps: list[int] | None = setting(
+        None, "steps that torch's profiler records into RUN/profile; SIGUSR2 to a process records its next one"
+    )
 
     def __post_init__(self):
         check_fields(self, "run")

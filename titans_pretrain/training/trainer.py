@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -53,6 +54,7 @@ class Trainer:
         self.validation_loss: float | None = None  # then
         self.cursor = reader.state_dict()  # of the data after them
         self.progressed: Callable[[int], None] = lambda step: None  # is told of every step and validation
+        self.profiled: Callable[[int], AbstractContextManager] = lambda step: contextlib.nullcontext()  # around a step
         self.health = Health(engine.model)
         self.saver = Saver(config.train.checkpoint_async)
         self.saved: Path | None = None  # the newest checkpoint that is whole
@@ -115,7 +117,9 @@ class Trainer:
                     self.save(run_dir, loggers)
                 if self.step >= train.steps:
                     break
-                if self.train_step() is None:
+                with self.profiled(self.step + 1):
+                    trained = self.train_step()
+                if trained is None:
                     continue  # a stop request came before the rows did
                 if _due(self.step, self.read_every):
                     self._report(loggers, progress)
