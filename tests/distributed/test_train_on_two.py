@@ -57,7 +57,7 @@ def run_train(settings: dict, dtype: torch.dtype, stopped: int | None = None) ->
         with (
             patch.object(Trainer, "train_step", stepping),
             patch.object(command, "leave_processes", leave_mesh),  # the ranks stay up
-            patch.object(command, "plot_loss", lambda run_dir: None),
+            patch.object(command, "plot_loss", lambda run_dir, entropy: None),
             patch.object(command, "memory_warning", lambda *args: None),  # float32 alone
         ):
             return command.train(load_config(TINY, [f"{k}={v}" for k, v in settings.items()]))

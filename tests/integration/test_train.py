@@ -300,6 +300,16 @@ def test_at_the_end_nothing_but_the_checkpoint_decides_the_exit_code(train, tmp_
     assert capsys.readouterr().err.count("Disk quota exceeded; the training is not affected") == 2  # close, plot
 
 
+def test_the_curve_at_the_end_has_the_unigram_entropy(train, data, monkeypatch):
+    from titans_pretrain.commands import train as command
+    from titans_pretrain.data import unigram_entropy
+
+    drawn = []
+    monkeypatch.setattr(command, "plot_loss", lambda run_dir, entropy: drawn.append(entropy))
+    assert train("train.steps=1", "train.eval_every=0") == 0
+    assert drawn == [unigram_entropy(data, "validation")]
+
+
 def test_the_checkpoint_before_a_damaged_one_is_taken_with_one_line(train, tmp_path, capsys):
     settings = ["train.checkpoint_every=1", "train.eval_every=0", "train.min_lr=0.003"]
     assert train("train.steps=3", *settings) == 0

@@ -44,7 +44,7 @@ def report(run_dir: str) -> str:
         rows["validation loss"] = (
             f"{loss:.4f} (perplexity {math.exp(min(loss, 700)):.1f}) at step {validations[-1]['step']:,}"
         )
-    entropy = _unigram_entropy(config)
+    entropy = held_out_entropy(config)
     rows["unigram entropy"] = entropy if isinstance(entropy, str) else f"{entropy:.4f} (validation tokens)"
     rows["tokens/s"] = f"{median(columns['tokens_per_second']):,.0f} (median)"
     if "mfu" in columns:
@@ -65,7 +65,7 @@ def report(run_dir: str) -> str:
     return format_table(rows)
 
 
-def _unigram_entropy(config: Config) -> float | str:
+def held_out_entropy(config: Config) -> float | str:
     """What ignoring the context costs, in nats per token of the validation tokens of the run's data; or why it is not known."""
     from titans_pretrain.data import unigram_entropy
 

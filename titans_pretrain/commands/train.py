@@ -15,6 +15,7 @@ from titans_pretrain.checkpoint import clear_leftovers, latest_checkpoint
 from titans_pretrain.checkpoint.store import atomic_folder
 from titans_pretrain.checkpoint.together import from_all, rank
 from titans_pretrain.commands.outlook import memory_warning, run_warnings
+from titans_pretrain.commands.report import held_out_entropy
 from titans_pretrain.config import Config, flatten, save_config
 from titans_pretrain.data import NoDocuments, ShardError, build_reader, epoch_size, open_manifest
 from titans_pretrain.data.storage import Folder
@@ -144,7 +145,7 @@ def _train_together(
             _despite_failures(part.close)
     if done and engine.is_main:
         log_event(run_dir, "finished", trainer.step)
-        _despite_failures(partial(plot_loss, run_dir))
+        _despite_failures(lambda: _draw(config, run_dir))
     if not done:
         if engine.is_main:
             log_event(run_dir, "stopped", trainer.step, by=stop.received.name if stop.received else "another process")
@@ -154,6 +155,11 @@ def _train_together(
             _despite_failures(partial(print, told, file=sys.stderr))
         return INTERRUPTED_EXIT_CODE
     return 0
+
+
+def _draw(config: Config, run_dir: Path) -> None:
+    entropy = held_out_entropy(config)
+    plot_loss(run_dir, None if isinstance(entropy, str) else entropy)
 
 
 def _told(start: Start, trainer: Trainer) -> list[str]:
