@@ -4,7 +4,7 @@ import contextlib
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,8 @@ from titans_pretrain.parallel.zero_keys import check_block
 from titans_pretrain.training.engine import pick_device
 from titans_pretrain.training.events import log_event
 from titans_pretrain.training.gauge import Gauge
+from titans_pretrain.training.health import HealthHook
+from titans_pretrain.training.hooks import Hook
 from titans_pretrain.training.loggers import build_loggers
 from titans_pretrain.training.plot import plot_loss
 from titans_pretrain.training.profiler import Profiler
@@ -40,17 +42,19 @@ from titans_pretrain.training.trainer import Trainer
 from titans_pretrain.training.validation import Validator
 
 
-def train(config: Config) -> int:
+def train(config: Config, hooks: Sequence[Hook] = ()) -> int:
     """Trains in `run.dir`, from its newest checkpoint if it has one. Returns the exit code: 0, or 85 when a signal
-    stopped the run after a checkpoint (the same command goes on from it)."""
+    stopped the run after a checkpoint (the same command goes on from it).
+
+    hooks: of one's own on the training loop, see training/hooks.py."""
     try:
         with StopRequest() as stop:
-            return _train(config, stop)
+            return _train(config, stop, hooks)
     finally:
         leave_processes()
 
 
-def _train(config: Config, stop: StopRequest) -> int:
+def _train(config: Config, stop: StopRequest, hooks: Sequence[Hook]) -> int:
     check_data_is_set(config)
     check_block(config)
     run_dir, device = Path(config.run.dir), pick_device(config.train.device)
@@ -61,7 +65,7 @@ def _train(config: Config, stop: StopRequest) -> int:
     with Watchdog(config.parallel.lost_after_seconds, hang_after) as watchdog, _owning(run_dir):
         newest = latest_checkpoint(run_dir)
         check_agreement(flatten(config) | {"checkpoint": newest and newest.name, "torch": torch.__version__})
-        return _train_together(config, stop, mesh, find_start(config), watchdog.progress)
+        return _train_together(config, stop, mesh, find_start(config), [watchdog, *hooks])
 
 
 @contextlib.contextmanager
@@ -81,9 +85,7 @@ def _owning(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _train_together(
-    config: Config, stop: StopRequest, mesh: Mesh, start: Start, progressed: Callable[[int], None]
-) -> int:
+def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start, hooks: Sequence[Hook]) -> int:
     run_dir = Path(config.run.dir)
     seed_everything(config.train.seed)
     place = {
@@ -109,7 +111,10 @@ def _train_together(
     parameters = sum(p.numel() for p in model.parameters())
     engine = build_engine(config, model, mesh, initialise=start.checkpoint is None)
     trainer = Trainer(config, engine, reader, validator, mesh.device)
-    trainer.progressed = progressed
+    profiler = Profiler(run_dir, config.run.profile_steps, mesh.rank)
+    trainer.hooks = [*hooks, profiler]
+    if config.train.health_every and not config.train.compile:
+        trainer.hooks.append(HealthHook(engine.model, config.train.health_every))
     if start.weights_only:
         trainer.start_from(start.checkpoint)
     elif start.checkpoint is not None:
@@ -137,8 +142,7 @@ def _train_together(
         begun = "started" if start.checkpoint is None or start.weights_only else "resumed"
         log_event(run_dir, begun, trainer.step, processes=mesh.world)
     try:
-        with Profiler(run_dir, config.run.profile_steps, mesh.rank) as profiler:
-            trainer.profiled = profiler.step
+        with profiler:
             done = trainer.run(run_dir, loggers, progress, stop)
     finally:
         for part in [reader, *([validator.reader] if validator else []), *([progress] if progress else []), *loggers]:

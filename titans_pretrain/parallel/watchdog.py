@@ -10,20 +10,22 @@ import traceback
 
 import torch.distributed as dist
 
+from titans_pretrain.training.hooks import Hook
+
 HANG_EXIT_CODE = 86
 _CONNECTION = re.compile("connection|timed? ?out|socket|nccl", re.IGNORECASE)
 _GONE = -1  # a sign of life that says: I have ended well
 _ANSWERS = 10.0  # seconds in which the processes of a run that hangs say where they are
 
 
-class Watchdog:
+class Watchdog(Hook):
     """Inside `with`; needs the default process group.
 
     A killed process says nothing, and those that wait for it would wait until the timeout of their collective. So each leaves a sign
     of life in the group's store every second, and watches its neighbour's: one that is lost for `lost_after` seconds ends all, with
     exit code 1 and one line that says which it was.
 
-    A process that hangs has a thread that still beats. Where no progress() came for `hang_after` seconds (None: never looked at), every
+    A process that hangs has a thread that still beats. Where no step or validation ended for `hang_after` seconds (None: never looked at), every
     process prints its stack, and all end with HANG_EXIT_CODE and one line that says which is behind, and in what call."""
 
     def __init__(self, lost_after: float, hang_after: float | None = None):
@@ -51,9 +53,11 @@ class Watchdog:
         self._stop.set()
         self._thread.join()
 
-    def progress(self, step: int) -> None:
-        """The main thread has come so far."""
-        self._step, self._moved = step, time.monotonic()
+    def after_step(self, trainer, line: dict) -> None:
+        self._step, self._moved = trainer.step, time.monotonic()
+
+    def after_validation(self, trainer, line: dict) -> None:
+        self._moved = time.monotonic()
 
     def _watch(self, store: dist.Store) -> None:
         rank, world = dist.get_rank(), dist.get_world_size()

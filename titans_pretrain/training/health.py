@@ -2,12 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from titans_pretrain.checkpoint.together import from_all
 from titans_pretrain.models.memory import MemoryLayer, MemoryLayerState
+from titans_pretrain.training.hooks import Hook
 
 NAMES = {
     "forget": "alpha, mean over tokens and heads",
@@ -20,6 +22,20 @@ NAMES = {
     "surprise": "|S| / |W_init| there",
     "output_std": "standard deviation of the output",
 }
+
+
+class HealthHook(Hook):
+    """Adds what Health tells to the line of every `every`-th step."""
+
+    def __init__(self, model: nn.Module, every: int):
+        self.health, self.every = Health(model), every
+
+    def around_step(self, trainer) -> AbstractContextManager:
+        return self.health.watching() if (trainer.step + 1) % self.every == 0 else contextlib.nullcontext()
+
+    def after_step(self, trainer, line: dict) -> None:
+        if trainer.step % self.every == 0:
+            line |= self.health.of_all()
 
 
 class Health:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
+from titans_pretrain.training.hooks import Hook
+
 log = logging.getLogger(__name__)
 SIGNAL = signal.SIGUSR2
 ROWS = 30  # of the table
 
 
-class Profiler:
+class Profiler(Hook):
     """Each process records itself, into RUN/profile/step-N-rank-R.json.gz (chrome://tracing, Perfetto) and a table beside it.
 
     steps: of the run, None: none. Inside `with`, SIGUSR2 asks for the step that begins next."""
@@ -36,8 +38,9 @@ class Profiler:
         self._asked = True
 
     @contextlib.contextmanager
-    def step(self, number: int) -> Iterator[None]:
-        """Around a step. What cannot be written is a warning."""
+    def around_step(self, trainer) -> Iterator[None]:
+        """What cannot be written is a warning."""
+        number = trainer.step + 1
         if not (self._asked or number in self.steps):
             yield
             return

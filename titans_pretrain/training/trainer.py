@@ -5,8 +5,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from titans_pretrain.data import Stopped
 from titans_pretrain.training.engine import Engine
 from titans_pretrain.training.gauge import Gauge
 from titans_pretrain.training.guard import FINE, NOT_FINITE
-from titans_pretrain.training.health import Health
+from titans_pretrain.training.hooks import Hook
 from titans_pretrain.training.loggers import Logger
 from titans_pretrain.training.optimizer import learning_rate
 from titans_pretrain.training.progress import Progress
@@ -53,9 +52,7 @@ class Trainer:
         self.validated = 0  # the last step that was validated
         self.validation_loss: float | None = None  # then
         self.cursor = reader.state_dict()  # of the data after them
-        self.progressed: Callable[[int], None] = lambda step: None  # is told of every step and validation
-        self.profiled: Callable[[int], AbstractContextManager] = lambda step: contextlib.nullcontext()  # around a step
-        self.health = Health(engine.model)
+        self.hooks: list[Hook] = []
         self.saver = Saver(config.train.checkpoint_async)
         self.saved: Path | None = None  # the newest checkpoint that is whole
         self._stall = 0.0  # seconds that saving kept the training waiting, since the last step
@@ -90,6 +87,9 @@ class Trainer:
         self.cursor = self.reader.state_dict()
         self.step, self.tokens, self.validated = trainer["step"], trainer["tokens"], trainer["validated"]
         self.saved, self.skipped = checkpoint, trainer.get("skipped", 0)
+        for hook in self.hooks:
+            if hook.name in trainer.get("hooks", {}):
+                hook.load_state_dict(trainer["hooks"][hook.name])
         if "guard" in trainer:
             try:
                 engine.guard.load_state_dict(trainer["guard"])
@@ -107,7 +107,6 @@ class Trainer:
         train = self.config.train
         try:
             while not self.engine.any(stop.received is not None or self.saver.failed):
-                self.progressed(self.step)
                 if self._validation_is_due():
                     self._report(loggers, progress)
                     self._validate(loggers, progress, stop)
@@ -117,14 +116,18 @@ class Trainer:
                     self.save(run_dir, loggers)
                 if self.step >= train.steps:
                     break
-                with self.profiled(self.step + 1):
+                with contextlib.ExitStack() as around:
+                    for hook in self.hooks:
+                        around.enter_context(hook.around_step(self))
                     trained = self.train_step()
                 if trained is None:
                     continue  # a stop request came before the rows did
                 if _due(self.step, self.read_every):
                     self._report(loggers, progress)
-        except Exception:
+        except Exception as error:
             self._report(loggers, progress)
+            for hook in self.hooks:
+                hook.on_error(self, error)
             raise
         self._report(loggers, progress)
         self.save(run_dir, loggers)
@@ -141,9 +144,7 @@ class Trainer:
             return None
         batches, targets, waited = drawn
         rate = learning_rate(self.step + 1, self.config.train)
-        watched = _due(self.step + 1, self.config.train.health_every) and not self.config.train.compile
-        with self.health.watching() if watched else contextlib.nullcontext():
-            loss = self.engine.forward_backward(batches, targets)
+        loss = self.engine.forward_backward(batches, targets)
         grad_norm = self.engine.update(rate, loss)
         self.step += 1
         self.tokens += targets
@@ -159,10 +160,10 @@ class Trainer:
             "data_wait": round(waited, 4),
             "peak_memory_mib": round(peak_memory_mib(self.device), 1),
         }
-        if watched:
-            values |= self.health.of_all()
         if self._stall:
             values["checkpoint_stall"], self._stall = round(self._stall, 4), 0.0
+        for hook in self.hooks:
+            hook.after_step(self, values)
         self._unread.append(values)
         if self.read_every == 1:
             self.read()
@@ -259,7 +260,10 @@ class Trainer:
         found = self.validator.run(self.engine, stop)
         if found is not None:
             self.validated, self.validation_loss = self.step, found["validation_loss"]
-            _log(loggers, {"step": self.step, "tokens": self.tokens, **found})
+            line = {"step": self.step, "tokens": self.tokens, **found}
+            _log(loggers, line)
+            for hook in self.hooks:
+                hook.after_validation(self, line)
             if progress is not None:
                 progress.note(f"step {self.step}: validation loss {found['validation_loss']:.4f}")
 
@@ -281,6 +285,8 @@ class Trainer:
         if self.validated == self.step and self.validation_loss is not None:
             numbers["validation_loss"] = self.validation_loss
         engine = self.engine
+        if states := {hook.name: hook.state_dict() for hook in self.hooks if hook.name is not None}:
+            numbers["hooks"] = states
         if self.skipped:
             numbers["skipped"] = self.skipped
         if self.config.train.on_spike != "ignore":
@@ -294,6 +300,8 @@ class Trainer:
         """Waits for the checkpoint that is being written."""
         if (written := self.saver.wait()) is not None:
             self.saved = written
+            for hook in self.hooks:
+                hook.after_save(self, written)
 
     def _action(self, verdict: float) -> str:
         return self.config.train.on_nan if verdict == NOT_FINITE else self.config.train.on_spike

@@ -23,7 +23,7 @@ def test_named_steps_and_those_asked_for_by_a_signal(make_trainer, tmp_path):
     trainer.train_step = stepping
     before = signal.getsignal(signal.SIGUSR2)
     with Profiler(tmp_path, [2], rank=1) as profiler:
-        trainer.profiled = profiler.step
+        trainer.hooks = [profiler]
         run(trainer, tmp_path)
     assert signal.getsignal(signal.SIGUSR2) == before
     names = ["step-00000002-rank-1", "step-00000005-rank-1"]  # asked for in the fourth
@@ -40,7 +40,7 @@ def test_what_cannot_be_written_is_a_warning(make_trainer, tmp_path, caplog):
     (tmp_path / "profile").write_text("no folder")
     trainer = make_trainer(steps=2)
     with Profiler(tmp_path, [1]) as profiler:
-        trainer.profiled = profiler.step
+        trainer.hooks = [profiler]
         run(trainer, tmp_path)
     assert trainer.step == 2 and "the profile of step 1 is not written" in caplog.text
 
