@@ -219,7 +219,7 @@ def _add_evaluation(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--list", action="store_true", help="list the tasks and their settings")
     sub.add_argument("--out", metavar="FOLDER", help="results of tasks (default: evaluation/ in the run or export)")
     sub.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="items of a task that are read at once (default: 8)"
+        "--at-once", type=int, default=8, metavar="N", help="items of a task that are read at once (default: 8)"
     )
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of tasks (default: auto)")
 
@@ -268,7 +268,7 @@ def _eval(args) -> None:
         raise ValueError(
             "--batches is of the loss on a split, not of --tasks; tasks have settings of their own, see --list"
         )
-    options = {"split": args.split, "out": args.out, "batch_size": args.batch_size, "device": args.device}
+    options = {"split": args.split, "out": args.out, "batch_size": args.at_once, "device": args.device}
     if table := evaluate_tasks(args.path, args.tasks, args.overrides, **options):
         print(table)
 

@@ -7,7 +7,7 @@ import pytest
 
 from titans_pretrain import cli
 
-SMALL = ["perplexity.tokens=64", "perplexity.sequences=5", "perplexity.first_bucket=16", "--batch-size", "2"]
+SMALL = ["perplexity.tokens=64", "perplexity.sequences=5", "perplexity.first_bucket=16", "--at-once", "2"]
 
 
 def evaluate(run: str, out: str) -> tuple[int, int]:
@@ -18,14 +18,14 @@ def evaluate(run: str, out: str) -> tuple[int, int]:
 
     def noted(*arguments):
         models.append(opened(*arguments))
-        return models[0]
+        return models[-1]
 
     runner.open_model = noted
     try:
         code = cli.main(["eval", run, "--tasks", "perplexity", "--out", out, *SMALL])
     finally:
         runner.open_model = opened
-    return code, models[0][0].tokens_read
+    return code, models[0].tokens_read
 
 
 @pytest.mark.slow

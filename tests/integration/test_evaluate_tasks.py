@@ -39,7 +39,7 @@ def test_run_and_export_give_the_same(run, data, tmp_path, capsys):
 
 
 def test_finished_items_are_not_run_again(run, tmp_path, monkeypatch, capsys):
-    command = ["eval", str(run), "--tasks", "perplexity", "--out", str(tmp_path), "--batch-size", "1", *SMALL]
+    command = ["eval", str(run), "--tasks", "perplexity", "--out", str(tmp_path), "--at-once", "1", *SMALL]
     losses, calls = LanguageModel.losses, []
 
     def stops(self, tokens, state=None):
@@ -63,12 +63,34 @@ def test_finished_items_are_not_run_again(run, tmp_path, monkeypatch, capsys):
     assert "has results of options.sequences=3, and this is options.sequences=2" in capsys.readouterr().err
 
 
+def test_several_tasks_at_once(run, tmp_path, capsys):
+    """A text of its own for the haystack; a table each."""
+    (tmp_path / "hay.txt").write_text("Some text. And more of it.\n" * 9)
+    settings = [
+        "niah.tasks=[single_2]",
+        "niah.lengths=[512]",
+        "niah.samples=2",
+        "niah.depths=2",
+        "niah.answer_tokens=3",
+    ]
+    command = ["eval", str(run), "--tasks", "niah,perplexity", "--out", str(tmp_path / "out"), *SMALL, *settings]
+    assert cli.main([*command, f"niah.text={tmp_path}/hay.txt"]) == 0
+    told = capsys.readouterr().out
+    assert told.index("Needle in a haystack") < told.index("Perplexity")
+    assert (tmp_path / "out/niah-single_2.png").is_file()
+    with open(tmp_path / "hay.txt", "a") as file:
+        file.write("Another text.")
+    assert cli.main([*command, f"niah.text={tmp_path}/hay.txt"]) == 2
+    assert "niah.jsonl has results of text=" in capsys.readouterr().err
+
+
 def test_what_is_wrong_is_told_in_a_line(run, capsys):
     for arguments, told in (
         (["--tasks", "nihilism"], "--tasks nihilism: there are perplexity"),
         (["perplexity.tokens=256", "--tasks", "perplexity", "--batches", "3"], "--batches is of the loss on a split"),
         (["--tasks", "perplexity", "perplexity.token=256"], "did you mean tokens?"),
-        (["--tasks", "perplexity", "--batch-size", "0"], "--batch-size must be 1 or more"),
+        (["--tasks", "perplexity", "model.window=8"], "'model.window=8' has no effect on tasks"),
+        (["--tasks", "perplexity", "--at-once", "0"], "--at-once must be 1 or more"),
         (["--tasks", "perplexity", "perplexity.text=nowhere.txt"], "nowhere.txt"),
     ):
         assert cli.main(["eval", str(run), *arguments]) == 2

@@ -12,7 +12,7 @@ from titans_pretrain.config import load_run_config, refuse_commands
 from titans_pretrain.data import build_reader
 from titans_pretrain.data.tokenizer import read_tokenizer_entry
 from titans_pretrain.evaluation.run import run_tasks as evaluate_tasks
-from titans_pretrain.evaluation.tasks import TASKS, task_class
+from titans_pretrain.evaluation.tasks import TASKS, build_options
 from titans_pretrain.models import build_model
 from titans_pretrain.training.engine import SingleEngine, pick_device
 from titans_pretrain.training.validation import Validator
@@ -56,16 +56,17 @@ def list_tasks() -> str:
     """Every task with its settings, their defaults and meanings."""
     lines = []
     for name, (_, meaning) in TASKS.items():
+        defaults = build_options(name, {})
         rows = {
-            f"  {name}.{f.name}={_default(f)}": f.metadata["meaning"]
-            for f in dataclasses.fields(task_class(name).Options)
+            f"  {name}.{f.name}={_told(getattr(defaults, f.name))}": f.metadata["meaning"]
+            for f in dataclasses.fields(defaults)
         }
         lines += [f"{name}: {meaning}", format_table(rows), ""]
     return "\n".join(lines).rstrip()
 
 
-def _default(field: dataclasses.Field) -> str:
-    value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+def _told(value) -> str:
+    """A default as it would be given."""
     if isinstance(value, list):
         return f"[{','.join(map(str, value))}]"
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from titans_pretrain.checkpoint import find_checkpoint, find_tokenizer, load_model
 from titans_pretrain.checkpoint.checksums import SUMS
-from titans_pretrain.config import Config
 from titans_pretrain.data_prep.tokenizer import Tokenizer, load_tokenizer
 from titans_pretrain.models.state import ModelState
 from titans_pretrain.training.engine import compute_dtype, pick_device
@@ -60,6 +59,11 @@ class LanguageModel:
             at += targets.shape[1]
             yield F.cross_entropy(out.logits.transpose(1, 2).float(), targets, reduction="none")
 
+    def greedy(self, tokens) -> Iterator[Tensor]:
+        """tokens [B, T] -> the likeliest id after each, in pieces [B, at most PIECE]."""
+        for out in self._pieces(tokens, None):
+            yield out.logits.argmax(-1)
+
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """For each (context, continuation), ids, neither empty: the continuation's log-likelihood in nats, and whether it is the
         greedy one. Shorter rows of the batch are padded at their ends, where nothing is read any more."""
@@ -83,9 +87,11 @@ class LanguageModel:
             greedy &= ((logits.argmax(-1) == here) | (here == -100)).all(1).cpu()
         return list(zip(total.tolist(), greedy.tolist(), strict=True))
 
-    def generate(self, prompts, limit: int, ended: Callable[[list[int]], bool] = lambda ids: False) -> list[list[int]]:
+    def generate(
+        self, prompts, limit: int, ended: Callable[[int, list[int]], bool] = lambda row, ids: False
+    ) -> list[list[int]]:
         """Greedy continuations of prompts [B, T] of one length: up to `limit` ids, up to eos (left out), or until `ended`, which
-        sees a row's ids so far, says so."""
+        sees the row's number and its ids so far, says so."""
         logits, state = self.read(prompts)
         answers: list[list[int]] = [[] for _ in range(len(logits))]
         rows = list(range(len(logits)))
@@ -97,7 +103,7 @@ class LanguageModel:
                 if token == entry.eos_id:
                     continue
                 answers[row].append(token)
-                if len(answers[row]) < limit and not ended(answers[row]):
+                if len(answers[row]) < limit and not ended(row, answers[row]):
                     open_rows.append(at)
             if not open_rows:
                 return answers
@@ -125,15 +131,15 @@ class LanguageModel:
         return tokens.to(self.device)
 
 
-def open_model(path: str | Path, device: str = "auto") -> tuple[LanguageModel, Config | None]:
-    """The model of a run, checkpoint or exported folder, and the run's config, which an export does not have."""
+def open_model(path: str | Path, device: str = "auto", precision: str = "fp32") -> LanguageModel:
+    """The model of a run, checkpoint or exported folder."""
     if is_export(path):
         from titans_pretrain.hf.modeling_titans import TitansForCausalLM
 
-        wrapper = TitansForCausalLM.from_pretrained(path)
-        return LanguageModel(wrapper.model.to(pick_device(device)), lambda: Path(path)), None
-    model, config = load_model(path)
-    return LanguageModel(model.to(pick_device(device)), lambda: find_tokenizer(path), config.train.precision), config
+        model, folder = TitansForCausalLM.from_pretrained(path).model, lambda: Path(path)
+    else:
+        model, folder = load_model(path)[0], lambda: find_tokenizer(path)
+    return LanguageModel(model.to(pick_device(device)), folder, precision)
 
 
 def is_export(path: str | Path) -> bool:

@@ -44,16 +44,19 @@ def run_tasks(
     """The tables of all tasks, as Markdown; on other processes than the first an empty text.
 
     path: a run, checkpoint or exported folder. tasks: names, separated by commas. overrides: settings of the run's data
-    (`data.path=DATA`) and of tasks (`niah.samples=10`). out: the folder of the results; None: `evaluation` in the run,
+    (`data.path=DATA`), `train.precision`, and settings of tasks (`niah.samples=10`). out: the folder of the results; None: `evaluation` in the run,
     with a folder per checkpoint, or EXPORT-evaluation. Raises ValueError for what cannot be evaluated.
     """
     names = parse_tasks(tasks)
     if batch_size < 1:
-        raise ValueError(f"--batch-size must be 1 or more, got {batch_size}")
+        raise ValueError(f"--at-once must be 1 or more, got {batch_size}")
     of_run, of_tasks = split_overrides(overrides)
     if unused := sorted(of_tasks.keys() - set(names)):
         raise ValueError(f"{unused[0]}.* is set, but --tasks has only {', '.join(names)}")
     options = {name: build_options(name, of_tasks.get(name, {})) for name in names}
+    for text in of_run:
+        if not text.startswith(("data.", "train.precision=")):
+            raise ValueError(f"{text!r} has no effect on tasks; data.*, train.precision and their own settings have")
     if is_export(path):
         config = load_config(None, of_run)
     else:
@@ -65,9 +68,12 @@ def run_tasks(
     try:
         if rank() == 0:
             make_folder(folder)
-        identity = {"model": from_all(fingerprint(path) if rank() == 0 else None)[0]}
+        identity = {
+            "model": from_all(fingerprint(path) if rank() == 0 else None)[0],
+            "precision": config.train.precision,
+        }
         with Watchdog():
-            model, _ = open_model(path, device)
+            model = open_model(path, device, config.train.precision)
             texts = Texts(config, split)
             tables = []
             for name in names:
