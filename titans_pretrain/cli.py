@@ -217,7 +217,9 @@ def _add_evaluation(sub: argparse.ArgumentParser) -> None:
         "--tasks", metavar="A,B", help="instead of the loss: these tasks, on one process or under torchrun"
     )
     sub.add_argument("--list", action="store_true", help="list the tasks and their settings")
-    sub.add_argument("--out", metavar="FOLDER", help="results of tasks (default: evaluation/ in the run or export)")
+    sub.add_argument(
+        "--out", metavar="FOLDER", help="results of tasks (default: RUN/evaluation/STEP, or EXPORT-evaluation)"
+    )
     sub.add_argument(
         "--at-once", type=int, default=8, metavar="N", help="items of a task that are read at once (default: 8)"
     )
