@@ -115,16 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "eval",
         _eval,
-        "measure the loss of a checkpoint on held-out text",
+        "measure the loss of a checkpoint on held-out text, or what it does in tasks",
         "runs/tiny --batches 64",
         "runs/tiny/checkpoints/step-00000010 data.path=OTHER --split train",
+        "exported/ --tasks perplexity,niah data.path=DATA niah.lengths=[2K,4K] niah.samples=20",
+        "--list",
     )
-    _add_run(sub)
-    sub.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that differ from the run's, e.g. data.path=DATA"
-    )
-    sub.add_argument("--split", default="validation", help="split of the data (default: validation)")
-    sub.add_argument("--batches", type=int, help="micro-batches to read (default: train.eval_batches of the run)")
+    _add_evaluation(sub)
 
     sub = command(
         "generate",
@@ -204,6 +201,31 @@ def _add_run(sub: argparse.ArgumentParser, what: str = "run or checkpoint folder
     sub.add_argument("path", metavar="RUN", help=what)
 
 
+def _add_evaluation(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "path", metavar="RUN", nargs="?", help="run or checkpoint folder; with --tasks also an exported one"
+    )
+    sub.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that differ from the run's, e.g. data.path=DATA, and of tasks",
+    )
+    sub.add_argument("--split", default="validation", help="split of the data (default: validation)")
+    sub.add_argument("--batches", type=int, help="micro-batches to read (default: train.eval_batches of the run)")
+    sub.add_argument(
+        "--tasks", metavar="A,B", help="instead of the loss: these tasks, on one process or under torchrun"
+    )
+    sub.add_argument("--list", action="store_true", help="list the tasks and their settings")
+    sub.add_argument(
+        "--out", metavar="FOLDER", help="results of tasks (default: RUN/evaluation/STEP, or EXPORT-evaluation)"
+    )
+    sub.add_argument(
+        "--at-once", type=int, default=8, metavar="N", help="items of a task that are read at once (default: 8)"
+    )
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of tasks (default: auto)")
+
+
 def _train(args) -> int:
     from titans_pretrain.config import load_config
 
@@ -236,9 +258,21 @@ def _plan(args) -> None:
 
 
 def _eval(args) -> None:
-    from titans_pretrain.commands.evaluate import evaluate
+    from titans_pretrain.commands.evaluate import evaluate, evaluate_tasks, list_tasks
 
-    print(evaluate(args.path, args.overrides, args.split, args.batches))
+    if args.list:
+        return print(list_tasks())
+    if args.path is None:
+        raise ValueError("eval needs a run, checkpoint or exported folder; --list tells the tasks")
+    if args.tasks is None:
+        return print(evaluate(args.path, args.overrides, args.split, args.batches))
+    if args.batches is not None:
+        raise ValueError(
+            "--batches is of the loss on a split, not of --tasks; tasks have settings of their own, see --list"
+        )
+    options = {"split": args.split, "out": args.out, "batch_size": args.at_once, "device": args.device}
+    if table := evaluate_tasks(args.path, args.tasks, args.overrides, **options):
+        print(table)
 
 
 def _generate(args) -> None:

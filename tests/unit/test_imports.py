@@ -12,6 +12,7 @@ ORDER = (
     {"checkpoint", "data_prep"},
     {"training", "hf"},
     {"parallel"},
+    {"evaluation"},
     {"commands"},
     {"cli"},
     {"__main__"},

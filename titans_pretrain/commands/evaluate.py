@@ -1,5 +1,6 @@
-"""The loss of a checkpoint on held-out text."""
+"""The loss of a checkpoint on held-out text, or what a model does in the tasks of titans_pretrain/evaluation/."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +11,13 @@ from titans_pretrain.commands.train import check_data_is_set
 from titans_pretrain.config import load_run_config, refuse_commands
 from titans_pretrain.data import build_reader
 from titans_pretrain.data.tokenizer import read_tokenizer_entry
+from titans_pretrain.evaluation.run import run_tasks as evaluate_tasks
+from titans_pretrain.evaluation.tasks import TASKS, build_options
 from titans_pretrain.models import build_model
 from titans_pretrain.training.engine import SingleEngine, pick_device
 from titans_pretrain.training.validation import Validator
+
+__all__ = ["evaluate", "evaluate_tasks", "list_tasks"]
 
 
 def evaluate(path: str, overrides: Sequence[str] = (), split: str = "validation", batches: int | None = None) -> str:
@@ -45,3 +50,23 @@ def evaluate(path: str, overrides: Sequence[str] = (), split: str = "validation"
             "tokens": f"{found['validation_tokens']:,}",
         }
     )
+
+
+def list_tasks() -> str:
+    """Every task with its settings, their defaults and meanings."""
+    lines = []
+    for name, (_, meaning) in TASKS.items():
+        defaults = build_options(name, {})
+        rows = {
+            f"  {name}.{f.name}={_told(getattr(defaults, f.name))}": f.metadata["meaning"]
+            for f in dataclasses.fields(defaults)
+        }
+        lines += [f"{name}: {meaning}", format_table(rows), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _told(value) -> str:
+    """A default as it would be given."""
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
