@@ -1,14 +1,18 @@
 """The templates and `titans-pretrain submit` in a running Slurm of two nodes, on CPUs."""
 
+import contextlib
+import io
 import json
-import subprocess
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from titans_pretrain import cli
+
 REPOSITORY = Path(__file__).parents[2]
 TEMPLATES = REPOSITORY / "slurm"
-NO_GPU = ("--gpus-per-node=0",)
 STEPS = 40
 PATIENCE = 400  # seconds; idle, nothing here takes a tenth of it
 # Without tensor and pipeline parallelism two processes are two data-parallel ones.
@@ -21,10 +25,16 @@ def losses(run: Path) -> dict[int, float]:
     return {(found := json.loads(line))["step"]: found["loss"] for line in lines if line.endswith("\n")}
 
 
-def submit(slurm, data: Path, run: Path, *settings: str, options=("--nodes", "2", "--gpus-per-node", "0")) -> tuple[str, Path]:
+def titans(slurm, *arguments: object) -> str:
+    """What `titans-pretrain` prints to a user of this Slurm; in this process, which has imported torch."""
+    with mock.patch.dict(os.environ, slurm.env), contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.main([str(argument) for argument in arguments]) == 0
+    return out.getvalue()
+
+
+def submit(slurm, data: Path, run: Path, *settings: str, options=("--nodes", "2")) -> tuple[str, Path]:
     """Submits a training of configs/tiny.yaml; returns the job's number and its log."""
-    overrides = [f"data.path={data}", f"run.dir={run}", *TRAIN, *settings]
-    told = slurm("titans-pretrain", "submit", "tiny", *options, *overrides)
+    told = titans(slurm, "submit", "tiny", *options, f"data.path={data}", f"run.dir={run}", *TRAIN, *settings)
     job = told.split()[1].rstrip(";")
     assert told == f"job {job}; its log is {run}/jobs/{job}.log, and `titans-pretrain status {run}` says where it stands\n"
     return job, run / f"jobs/{job}.log"
@@ -57,7 +67,38 @@ def test_two_nodes_go_back_into_the_queue_and_end_as_if_nothing_had_happened(slu
     assert slurm.job(job)["Restarts"] == "1", log.read_text()
     assert "goes on from" in log.read_text() and losses(run) == uninterrupted
     assert (run / f"jobs/{job}/environment-n1-1.txt").exists()
-    status = slurm("titans-pretrain", "status", run).splitlines()
+    status = titans(slurm, "status", run).splitlines()
     assert status[0].startswith(f"step {STEPS}/{STEPS}, loss ") and status[0].endswith(", done")
     assert status[1].startswith(f"job {job} COMPLETED on n[1-2], ")
     assert status[2].startswith(f"newest checkpoint step-{STEPS:08d}, 0:")
+
+
+@pytest.mark.parametrize("template", sorted(path.name for path in TEMPLATES.glob("*.sbatch")))
+def test_slurm_takes_the_template_as_it_is(slurm, template):
+    slurm("sbatch", "--test-only", TEMPLATES / template)
+
+
+def failure(slurm, tmp_path: Path, *arguments: str, **env: str) -> str:
+    """The log of a job that has to fail, with exit code 2, before it trains."""
+    log, run = tmp_path / "log", tmp_path / "run"
+    overrides = [f"data.path={tmp_path}", f"run.dir={run}"]
+    job = slurm("sbatch", "--parsable", f"--output={log}", *arguments, *overrides, TITANS_SLURM=str(TEMPLATES), **env).strip()
+    assert slurm.ends(job, PATIENCE, log) == "FAILED"
+    assert slurm.job(job)["ExitCode"] == "2:0" and not (run / "config.yaml").exists()
+    return log.read_text()
+
+
+def test_a_bad_config_fails_at_once_and_once(slurm, tmp_path):
+    log = failure(slurm, tmp_path, "--nodes=2", "--gpus-per-node=0", TEMPLATES / "pretrain.sbatch", "tiny", "train.lr=-1")
+    assert log.count("error: ") == 2  # the second one is srun's
+    assert "error: override 'train.lr=-1': train.lr must be 0 or more" in log
+
+
+def test_a_node_without_its_gpus_is_named(slurm, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/bash\necho "GPU 0: H100"\n[ "$SLURMD_NODENAME" = n2 ] || echo "GPU 1: H100"\n')
+    smi.chmod(0o755)
+    options = ["--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=2", TEMPLATES / "pretrain.sbatch", "tiny"]
+    log = failure(slurm, tmp_path, *options, PATH=f"{tmp_path}:{slurm.env['PATH']}")
+    assert "error: node n2: the job asked for 2 GPUs a node, and nvidia-smi sees 1" in log
+    assert "node n1" not in log
