@@ -114,7 +114,9 @@ def test_what_the_other_tasks_failed_of_is_in_the_job_s_log(tmp_path):
 def test_every_node_is_checked_and_none_that_is_unfit_trains(tmp_path):
     run = Run(tmp_path, "pretrain.sbatch", "x.yaml", "a=b")
     run.ends()
-    assert run.calls("titans-pretrain check-node") == ["titans-pretrain check-node x.yaml a=b"] * 3  # the first one twice
+    assert (
+        run.calls("titans-pretrain check-node") == ["titans-pretrain check-node x.yaml a=b"] * 3
+    )  # the first one twice
     run._calls.unlink()
     run = Run(tmp_path, "pretrain.sbatch", "x.yaml", "a=b", env={"UNFIT": "2"})
     assert run.ends()[0] == 2
@@ -133,9 +135,12 @@ def test_every_node_is_checked_and_none_that_is_unfit_trains(tmp_path):
 )
 def test_a_signal_is_passed_on_until_the_step_has_ended(tmp_path, signal, code, saves, requeued):
     """It ends bash's `wait` early; the template waits on for the step and takes its exit code."""
-    train = TITANS.replace('echo "says $RANK"', """trap '' USR1
-        [ "$RANK" != 0 ] || until [ "$(grep -c "^scancel" "$CALLS")" -ge 2 ]; do sleep 0.1; done""")
-    stubs = {"titans-pretrain": train, "sleep": 'exec /bin/sleep 0.1'}
+    train = TITANS.replace(
+        'echo "says $RANK"',
+        """trap '' USR1
+        [ "$RANK" != 0 ] || until [ "$(grep -c "^scancel" "$CALLS")" -ge 2 ]; do sleep 0.1; done""",
+    )
+    stubs = {"titans-pretrain": train, "sleep": "exec /bin/sleep 0.1"}
     run = Run(tmp_path, "pretrain.sbatch", "x.yaml", code=code, saves=saves, **stubs)
     while not run.calls("rank 0"):
         assert run.process.poll() is None
@@ -164,7 +169,11 @@ def test_tokenize_takes_its_part_of_the_array(tmp_path, array, shard):
     [
         ("merge.sbatch", ["data", "--deduplicate"], "titans-data merge data --deduplicate"),
         ("eval.sbatch", ["runs/a", "--batches", "4"], "titans-pretrain eval runs/a --batches 4"),
-        ("export.sbatch", ["runs/a", "out/a", "--dtype", "bfloat16"], "titans-pretrain export runs/a out/a --dtype bfloat16"),
+        (
+            "export.sbatch",
+            ["runs/a", "out/a", "--dtype", "bfloat16"],
+            "titans-pretrain export runs/a out/a --dtype bfloat16",
+        ),
     ],
 )
 def test_the_other_templates_run_their_command_in_the_container(tmp_path, template, arguments, command):
@@ -205,7 +214,7 @@ def test_the_jobs_of_a_chain_wait_for_each_other(tmp_path, parts):
     assert set(run.calls("account")) == {f"account me {here}"}
 
 
-@pytest.mark.parametrize("script", sorted(p.name for p in TEMPLATES.glob("*.sbatch")) + ["chain.sh"])
+@pytest.mark.parametrize("script", [*sorted(p.name for p in TEMPLATES.glob("*.sbatch")), "chain.sh"])
 def test_usage(tmp_path, script):
     run = Run(tmp_path, script)
     code, _, errors = run.ends()
@@ -222,4 +231,7 @@ def test_submitted_from_elsewhere_it_says_what_to_do(tmp_path):
     run = Run(tmp_path, "merge.sbatch", "data", env={"SLURM_SUBMIT_DIR": str(tmp_path)})
     code, _, errors = run.ends()
     assert code == 2 and "export TITANS_SLURM=" in errors
-    assert Run(tmp_path, "merge.sbatch", "data", env={"SLURM_SUBMIT_DIR": "/", "TITANS_SLURM": str(TEMPLATES)}).ends()[0] == 0
+    assert (
+        Run(tmp_path, "merge.sbatch", "data", env={"SLURM_SUBMIT_DIR": "/", "TITANS_SLURM": str(TEMPLATES)}).ends()[0]
+        == 0
+    )

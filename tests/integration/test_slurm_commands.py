@@ -69,7 +69,9 @@ def test_submit_writes_what_it_submits(programs, here, capsys, monkeypatch):
     assert load_config(jobs / "config.yaml").train.global_batch == 16
     assert (jobs / "7").is_dir()
     script = (jobs / "pretrain.sbatch").read_text()
-    lines = [line.removeprefix("#SBATCH ").replace("'", "") for line in script.splitlines() if line.startswith("#SBATCH")]
+    lines = [
+        line.removeprefix("#SBATCH ").replace("'", "") for line in script.splitlines() if line.startswith("#SBATCH")
+    ]
     assert [line for line in lines if line in given] == given
     assert len({line.partition("=")[0] for line in lines}) == len(lines), "no option twice"
     assert f"set -- '{jobs}/config.yaml'\n" in script and "\nGREETING=hello\n" in script
@@ -93,7 +95,10 @@ def test_submit_shows_the_script_without_a_trace(here, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--nodes", "3"], "train.global_batch=4 must be a multiple of train.micro_batch=2 * 3 data-parallel processes"),
+        (
+            ["--nodes", "3"],
+            "train.global_batch=4 must be a multiple of train.micro_batch=2 * 3 data-parallel processes",
+        ),
         (["--nodes", "0"], "must be 1 or more"),
         (["--gpus-per-node", "2", "--tasks-per-node", "4"], "each GPU has one process"),
         (["data.path=null"], "data.path is not set"),
@@ -227,7 +232,9 @@ def test_a_fit_node_prints_the_folder_and_leaves_nothing(programs, here, capsys)
 def test_in_a_job_the_environment_is_written_down(programs, here, monkeypatch):
     programs(nvidia_smi='[ "$1" = --list-gpus ] && echo "GPU 0: H100" || echo "H100, 570.1, 80000 MiB, GPU-1"')
     job = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n3", "SLURM_RESTART_COUNT": "2", "SLURM_GPUS_ON_NODE": "1"}
-    for name, value in (job | {"NCCL_DEBUG": "INFO", "HF_TOKEN": "hf-123", "SLURM_JWT": "abc", "HOME_PAGE": "x"}).items():
+    for name, value in (
+        job | {"NCCL_DEBUG": "INFO", "HF_TOKEN": "hf-123", "SLURM_JWT": "abc", "HOME_PAGE": "x"}
+    ).items():
         monkeypatch.setenv(name, value)
     assert check("tiny", "run.dir=run") == 0
     record = (here / "run/jobs/7/environment-n3-2.txt").read_text()

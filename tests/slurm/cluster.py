@@ -189,7 +189,10 @@ class Slurm:
         while not condition():
             if time.monotonic() > deadline:
                 logs = [log] if log else sorted((self.root / "log").iterdir())
-                told = [f"{path}:\n{path.read_text(errors='replace')[-4000:] if path.exists() else 'not there'}" for path in logs]
+                told = [
+                    f"{path}:\n{path.read_text(errors='replace')[-4000:] if path.exists() else 'not there'}"
+                    for path in logs
+                ]
                 queue = subprocess.run(["squeue"], env=self.env, capture_output=True, text=True, timeout=60).stdout
                 raise AssertionError("\n".join([f"waited {seconds:.0f} s for {what}", queue, *told]))
             time.sleep(0.2)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Slurm, why_not
+from trainings import PATIENCE, STEPS, losses, submit
 
 from titans_pretrain.data_prep import cli as data_cli
 
@@ -40,3 +41,20 @@ def data(corpus, tmp_path_factory) -> Path:
         data_cli.main([*arguments, "--validation", "0.05", "--workers", "1"])
     assert not e.value.code
     return out
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(slurm, data, tmp_path_factory) -> dict[int, float]:
+    """The losses of a training on two nodes that nothing interrupts."""
+    run = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    job, log = submit(slurm, data, run, f"train.steps={STEPS}")
+    assert slurm.ends(job, PATIENCE, log) == "COMPLETED", log.read_text()
+    assert slurm.job(job)["Restarts"] == "0"
+    assert "on 2 processes (dp 2)" in log.read_text()
+    assert (run / f"jobs/{job}/rank-1.log").exists()
+    for node in ("n1", "n2"):
+        record = (run / f"jobs/{job}/environment-{node}-0.txt").read_text()
+        assert f"SLURM_JOB_ID={job}" in record and "\ntorch==" in record
+    found = losses(run)
+    assert list(found) == list(range(1, STEPS + 1))
+    return found

@@ -1,60 +1,9 @@
 """The templates and `titans-pretrain submit` in a running Slurm of two nodes, on CPUs."""
 
-import contextlib
-import io
-import json
-import os
 from pathlib import Path
-from unittest import mock
 
 import pytest
-
-from titans_pretrain import cli
-
-REPOSITORY = Path(__file__).parents[2]
-TEMPLATES = REPOSITORY / "slurm"
-STEPS = 40
-PATIENCE = 400  # seconds; idle, nothing here takes a tenth of it
-# Without tensor and pipeline parallelism two processes are two data-parallel ones.
-TRAIN = ("train.device=cpu", "train.eval_every=0", "train.checkpoint_every=0", "train.micro_batch=1", "train.global_batch=2")
-
-
-def losses(run: Path) -> dict[int, float]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return {(found := json.loads(line))["step"]: found["loss"] for line in lines if line.endswith("\n")}
-
-
-def titans(slurm, *arguments: object) -> str:
-    """What `titans-pretrain` prints to a user of this Slurm; in this process, which has imported torch."""
-    with mock.patch.dict(os.environ, slurm.env), contextlib.redirect_stdout(io.StringIO()) as out:
-        assert cli.main([str(argument) for argument in arguments]) == 0
-    return out.getvalue()
-
-
-def submit(slurm, data: Path, run: Path, *settings: str, options=("--nodes", "2")) -> tuple[str, Path]:
-    """Submits a training of configs/tiny.yaml; returns the job's number and its log."""
-    told = titans(slurm, "submit", "tiny", *options, f"data.path={data}", f"run.dir={run}", *TRAIN, *settings)
-    job = told.split()[1].rstrip(";")
-    assert told == f"job {job}; its log is {run}/jobs/{job}.log, and `titans-pretrain status {run}` says where it stands\n"
-    return job, run / f"jobs/{job}.log"
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(slurm, data, tmp_path_factory) -> dict[int, float]:
-    """The losses of a training on two nodes that nothing interrupts."""
-    run = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    job, log = submit(slurm, data, run, f"train.steps={STEPS}")
-    assert slurm.ends(job, PATIENCE, log) == "COMPLETED", log.read_text()
-    assert slurm.job(job)["Restarts"] == "0"
-    assert "on 2 processes (dp 2)" in log.read_text()
-    assert (run / f"jobs/{job}/rank-1.log").exists()
-    for node in ("n1", "n2"):
-        record = (run / f"jobs/{job}/environment-{node}-0.txt").read_text()
-        assert f"SLURM_JOB_ID={job}" in record and "\ntorch==" in record
-    found = losses(run)
-    assert list(found) == list(range(1, STEPS + 1))
-    return found
+from trainings import PATIENCE, STEPS, TEMPLATES, losses, submit, titans
 
 
 def test_two_nodes_go_back_into_the_queue_and_end_as_if_nothing_had_happened(slurm, data, uninterrupted, tmp_path):
@@ -82,14 +31,18 @@ def failure(slurm, tmp_path: Path, *arguments: str, **env: str) -> str:
     """The log of a job that has to fail, with exit code 2, before it trains."""
     log, run = tmp_path / "log", tmp_path / "run"
     overrides = [f"data.path={tmp_path}", f"run.dir={run}"]
-    job = slurm("sbatch", "--parsable", f"--output={log}", *arguments, *overrides, TITANS_SLURM=str(TEMPLATES), **env).strip()
+    job = slurm(
+        "sbatch", "--parsable", f"--output={log}", *arguments, *overrides, TITANS_SLURM=str(TEMPLATES), **env
+    ).strip()
     assert slurm.ends(job, PATIENCE, log) == "FAILED"
     assert slurm.job(job)["ExitCode"] == "2:0" and not (run / "config.yaml").exists()
     return log.read_text()
 
 
 def test_a_bad_config_fails_at_once_and_once(slurm, tmp_path):
-    log = failure(slurm, tmp_path, "--nodes=2", "--gpus-per-node=0", TEMPLATES / "pretrain.sbatch", "tiny", "train.lr=-1")
+    log = failure(
+        slurm, tmp_path, "--nodes=2", "--gpus-per-node=0", TEMPLATES / "pretrain.sbatch", "tiny", "train.lr=-1"
+    )
     assert log.count("error: ") == 2  # the second one is srun's
     assert "error: override 'train.lr=-1': train.lr must be 0 or more" in log
 
