@@ -155,9 +155,9 @@ class Slurm:
 
     def stop(self) -> None:
         """Ends all jobs and all daemons, whatever state they are in."""
-        with contextlib.suppress(subprocess.SubprocessError, OSError):
+        with contextlib.suppress(AssertionError, subprocess.SubprocessError, OSError):
             self("scancel", "--user", str(os.getuid()), seconds=10)
-            self.wait(lambda: not any(self._steps(node) for node in NODES), 10, "the jobs' ends")
+            self.wait(lambda: not any(self._steps(node) for node in NODES), 10, "the ends of the jobs")
         for daemon in self._daemons.values():
             daemon.kill()
             daemon.wait()
