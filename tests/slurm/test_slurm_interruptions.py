@@ -88,10 +88,11 @@ def test_the_chain_ends_with_a_model_that_transformers_loads(slurm, corpus, tmp_
     assert model(**tokens).logits.isfinite().all()
     assert json.loads((out / "config.json").read_text())["model_type"] == "titans"
 
-    found = slurm("sbatch", "--parsable", "--gpus-per-node=0", f"--output={tmp_path}/eval", TEMPLATES / "eval.sbatch",
-                  run, "--batches", "2", TITANS_SLURM=str(TEMPLATES)).strip()  # fmt: skip
+    options = ["--parsable", "--gpus-per-node=0", f"--output={tmp_path}/eval"]
+    template, arguments = TEMPLATES / "eval.sbatch", [run, "--batches", "2", "--split", "train"]
+    found = slurm("sbatch", *options, template, *arguments, TITANS_SLURM=str(TEMPLATES)).strip()
     assert slurm.ends(found, PATIENCE, tmp_path / "eval") == "COMPLETED"
-    assert "validation loss" in (tmp_path / "eval").read_text()
+    assert "train loss" in (tmp_path / "eval").read_text()
 
 
 def test_a_chain_whose_first_job_fails_is_cancelled(slurm, tmp_path):
