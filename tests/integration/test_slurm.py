@@ -29,7 +29,11 @@ TITANS = """if [ "$1" = check-node ]; then
     mkdir -p "$RUN/jobs/70007" && echo "$RUN"
     exit "${UNFIT:-0}"
 fi
-[ "$1" != train ] || echo "rank $RANK of $WORLD_SIZE, local $LOCAL_RANK, $MASTER_ADDR:$MASTER_PORT" >> "$CALLS"
+if [ "$1" = train ]; then
+    echo "rank $RANK of $WORLD_SIZE, local $LOCAL_RANK, $MASTER_ADDR:$MASTER_PORT" >> "$CALLS"
+    ignored=0x$(sed -n "s/SigIgn:\t//p" /proc/$$/status)
+    [ $((ignored & 0x200)) -eq 0 ] || echo "ignores USR1" >> "$CALLS"
+fi
 echo "says $RANK"
 [ "$SAVES" != yes ] || { mkdir -p "$RUN/checkpoints" && echo step-00000001 > "$RUN/checkpoints/latest"; }
 exit $CODE"""
@@ -99,7 +103,9 @@ def test_each_task_is_told_its_rank_and_writes_a_log_of_its_own(tmp_path):
     host = subprocess.run(["hostname"], capture_output=True, text=True, check=True).stdout.strip()
     assert code == 0
     assert run.calls("rank") == [f"rank {rank} of 4, local {rank % 2}, {host}:20007" for rank in range(4)]
+    assert "--wait=600 " in run.calls("srun")[-1], "longer than Slurm takes to see that a node is lost"
     assert output == "says 0\n"
+    assert len(run.calls("ignores USR1")) == 4, "a process that starts dies of it"
     for rank in (1, 2, 3):
         assert (run.folder / f"jobs/70007/rank-{rank}.log").read_text() == f"says {rank}\n"
     assert os.readlink(run.folder / "jobs/70007.log") == f"{run.folder}/stdout"
