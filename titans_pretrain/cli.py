@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import titans_pretrain
 from titans_pretrain.config.keys import nearest_key
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
-        for name in ("config", "path", "out"):
+        for name in ("config", "path", "out", "folder"):
             if getattr(args, name, None):
                 setattr(args, name, expand_home(getattr(args, name)))
         return args.run(args) or 0
@@ -178,11 +179,50 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("verify", _verify, "compare checkpoints with the checksums in them", "runs/tiny")
     _add_run(sub)
 
+    _add_slurm(command)
+
     sub = command(
         "doctor", _doctor, "check this machine: versions, devices, kernels, known faults, the memory scan", "", "--json"
     )
     sub.add_argument("--json", action="store_true", help="everything as one JSON object")
     return parser
+
+
+def _add_slurm(command) -> None:
+    sub = command(
+        "submit",
+        _submit,
+        "train in a Slurm job, with the config as it is now",
+        "340m-mag --nodes 2 --gpus-per-node 8 --time 24:00:00 data.path=DATA",
+        "tiny --gpus-per-node 0 --dry-run data.path=DATA",
+        "340m-mag --sbatch=--qos=long --sbatch=--mem-per-cpu=4G data.path=DATA",
+    )
+    _add_config(sub)
+    sub.add_argument("--nodes", type=int, default=1, metavar="N", help="(default: 1)")
+    sub.add_argument(
+        "--gpus-per-node", type=int, metavar="G", help="one process each (default: 1; with train.device=cpu 0)"
+    )
+    sub.add_argument("--tasks-per-node", type=int, metavar="N", help="processes where there are no GPUs (default: 1)")
+    sub.add_argument(
+        "--time", metavar="LIMIT", help="after which the job goes back into the queue, as 4:00:00 or 2-0 (days)"
+    )
+    sub.add_argument("--partition", metavar="NAME")
+    sub.add_argument("--account", metavar="NAME")
+    sub.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="any other option of sbatch; again for more"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="print the script and do nothing")
+    sub = command("status", _status, "say in three lines where a run stands", "runs/tiny")
+    _add_run(sub, "run folder")
+    sub = command(
+        "check-node",
+        _check_node,
+        "check that this node is fit for a job, and print the job's folder",
+        "tiny",
+        "--folder data",
+    )
+    _add_config(sub, required=False)
+    sub.add_argument("--folder", metavar="DIR", help="that the job writes, where it is no run (default: this one)")
 
 
 def _add_config(sub: argparse.ArgumentParser, required: bool = True) -> None:
@@ -237,6 +277,33 @@ def _train(args) -> int:
     if os.environ.get("RANK", "0") == "0":  # choices are the same on all processes
         logging.getLogger("titans_pretrain").setLevel(logging.INFO)
     return train(config)
+
+
+def _submit(args) -> None:
+    from titans_pretrain.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from titans_pretrain.commands.submit import job_script, resources, submit
+
+    options = resources(config, args.nodes, args.gpus_per_node, args.tasks_per_node)
+    options |= {name: value for name in ("time", "partition", "account") if (value := getattr(args, name))}
+    print((job_script if args.dry_run else submit)(config, options, args.sbatch))
+
+
+def _status(args) -> None:
+    from titans_pretrain.commands.status import status
+
+    print(status(args.path))
+
+
+def _check_node(args) -> None:
+    from titans_pretrain.commands.check_node import check_node
+    from titans_pretrain.config import load_config
+
+    config = load_config(args.config, args.overrides) if args.config else None
+    folder = Path(config.run.dir if config else args.folder or ".").absolute()
+    check_node(folder, config)
+    print(folder)
 
 
 def _config(args) -> None:

@@ -20,7 +20,9 @@ FOLDERS = {
     "kernels": "titans_pretrain.kernels",
     "data_prep": "titans_pretrain.data_prep",
     "configs": "titans_pretrain.configs",
+    "slurm": "titans_pretrain.slurm",
 }
+OTHER = {"configs": (".yaml",), "slurm": (".sh", ".sbatch")}  # what is taken of folders without Python files
 
 BOTH = """
 import os, kernels, titans_pretrain.data_prep.cli
@@ -31,11 +33,12 @@ print(os.path.dirname(titans_pretrain.__file__))
 
 
 def installed_names() -> dict[str, Path]:
-    """{path inside the wheel: source} of every Python file and every config."""
+    """{path inside the wheel: source} of every Python file, config and Slurm template."""
     return {
         package.replace(".", "/") + "/" + path.relative_to(ROOT / folder).as_posix(): path
         for folder, package in FOLDERS.items()
-        for path in (ROOT / folder).rglob("*.yaml" if folder == "configs" else "*.py")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in OTHER.get(folder, (".py",))
     }
 
 
@@ -67,7 +70,7 @@ def test_every_folder_with_python_files_is_a_listed_package():
 
 def test_the_wheel_holds_every_file_under_its_import_name(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        inside = {name for name in archive.namelist() if name.endswith((".py", ".yaml"))}
+        inside = {name for name in archive.namelist() if name.endswith((".py", *OTHER["configs"], *OTHER["slurm"]))}
     assert inside == set(installed_names())
 
 

@@ -242,7 +242,7 @@ def commands(path: Path) -> list[tuple[str, int, list[str]]]:
 
 def test_the_commands_of_the_documentation_fit_their_processes():
     folder = CONFIGS.parent
-    found = [*commands(folder / "docs/parallelism.md"), *commands(folder / "slurm/train.sbatch")]
+    found = [*commands(folder / "docs/parallelism.md"), *commands(folder / "slurm/pretrain.sbatch")]
     assert [processes for _, processes, _ in found] == [2, 1, 8, 32, 16, 1, 32]
     for config, processes, overrides in found:
         check_layout(load_config(folder / config, overrides), processes)

@@ -6,12 +6,13 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from titans_pretrain.commands.programs import output_of
 
 # What each package is for; none of them is needed to train on one process.
 OPTIONAL = {
@@ -102,15 +103,8 @@ def _gpu(i: int) -> Gpu:
     return Gpu(p.name, (p.major, p.minor), round(p.total_memory / 2**30, 1))
 
 
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def _driver() -> str | None:
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    found = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return found.split()[0] if found and found.strip() else None
 
 
@@ -126,7 +120,7 @@ def _ptxas() -> Ptxas | None:
 
 def ptxas_version(path: str) -> str | None:
     """ "12.8.93" """
-    found = re.search(r"\bV(\d+(?:\.\d+)+)", _output(path, "--version") or "")
+    found = re.search(r"\bV(\d+(?:\.\d+)+)", output_of(path, "--version") or "")
     return found[1] if found else None
 
 

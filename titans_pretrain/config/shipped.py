@@ -1,11 +1,14 @@
-"""The configs that come with the package."""
+"""The configs and Slurm templates that come with the package."""
 
 from pathlib import Path
 
-# Installed, configs/ stands in the package's folder; in the repository beside it.
-FOLDER = next(
-    (folder for parent in Path(__file__).parents[1:3] if (folder := parent / "configs").is_dir()), Path("configs")
-)
+
+def _shipped(name: str) -> Path:
+    """Installed, these folders stand in the package's folder; in the repository beside it."""
+    return next((folder for parent in Path(__file__).parents[1:3] if (folder := parent / name).is_dir()), Path(name))
+
+
+FOLDER, SLURM = _shipped("configs"), _shipped("slurm")
 
 
 def find_config(name: str | Path) -> Path:
