@@ -19,6 +19,7 @@ TRAIN = (
     "train.checkpoint_every=0",
     "train.micro_batch=1",
     "train.global_batch=2",
+    "parallel.lost_after_seconds=10",
 )
 
 

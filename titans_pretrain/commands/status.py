@@ -1,6 +1,7 @@
 """Where a run stands, in three lines; without torch."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ def status(run_dir: str) -> str:
 
 
 def _progress(lines: list[dict], steps: int) -> str:
-    recent = [line for line in lines if "loss" in line][-RECENT:]
+    recent = [line for line in lines if math.isfinite(line.get("loss", math.nan))][-RECENT:]  # not those of skipped steps
     if not recent:
         return f"no step yet of {steps:,}"
     first, last = recent[0], recent[-1]
