@@ -39,7 +39,7 @@ def setting(c: float, g: float | None, max_lr: float, step: str = "telescoped", 
     return {"damping": float(c), **how, "max_lr": float(max_lr), **other}
 
 
-CHOSEN = setting(1.0, 0.56, 3.4, "relative")
+CHOSEN = setting(1.0, 0.7, 3.4, "relative")
 TELESCOPED = setting(1.0, 1.2, 1.6)  # the same for values as a fresh model has them
 
 

@@ -59,7 +59,7 @@ class MemoryConfig:
     )
     step_coefficient: float | None = setting(
         None,
-        "g of the telescoped step; null: 0.56 for the relative one and 1.2 for the other with residual_norm, else 2",
+        "g of the telescoped step; null: 0.7 for the relative one and 1.2 for the other with residual_norm, else 2",
     )
     max_lr: float | None = setting(
         None,
@@ -94,7 +94,7 @@ class MemoryConfig:
         """g, resolved: the linear memory's curvature, or the damped norm's own."""
         if self.step_coefficient is not None:
             return self.step_coefficient
-        return (0.56 if self.step == "relative" else 1.2) if self.residual_norm else 2.0
+        return (0.7 if self.step == "relative" else 1.2) if self.residual_norm else 2.0
 
     @property
     def largest_lr(self) -> float:
