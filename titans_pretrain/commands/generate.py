@@ -4,13 +4,13 @@ import copy
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from titans_pretrain.checkpoint import find_tokenizer, load_model
 from titans_pretrain.data_prep.tokenizer import load_tokenizer
+from titans_pretrain.hf.importing import is_export, load_export
 from titans_pretrain.training.engine import pick_device
 
 PREFILL = 1024  # tokens of the prompt read at once, so that the logits of a long one never exist whole
@@ -72,10 +72,8 @@ class Writer:
     """A model and its tokenizer, opened once. path: a run, checkpoint or exported folder."""
 
     def __init__(self, path: str, device: str = "auto"):
-        if (Path(path) / "config.json").is_file():
-            from titans_pretrain.hf.modeling_titans import TitansForCausalLM
-
-            self.tokenizer, model = load_tokenizer(path), TitansForCausalLM.from_pretrained(path).model.eval()
+        if is_export(path):
+            self.tokenizer, model = load_tokenizer(path), load_export(path, dtype=None)[0]
         else:
             self.tokenizer, model = load_tokenizer(find_tokenizer(path)), load_model(path)[0]
         self.model = model.to(pick_device(device))

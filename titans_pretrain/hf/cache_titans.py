@@ -4,6 +4,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from titans_pretrain.models import ModelState
+from titans_pretrain.models.rows import rows_of
 
 
 class TitansCache(Cache):
@@ -21,8 +22,8 @@ class TitansCache(Cache):
 
 
 class TitansCacheLayer(CacheLayerMixin):
-    """states: None before the first token; one state for the whole batch while its rows have the same length; else one of
-    batch 1 per row (None for a row without tokens yet).
+    """states: None before the first token; then one state for the whole batch, ragged if its rows have read different numbers of
+    tokens; while some row has none yet, a state of batch 1 per row, None for those.
     length: columns read, padding included, as the library counts."""
 
     is_sliding = False
@@ -43,7 +44,7 @@ class TitansCacheLayer(CacheLayerMixin):
             return [None] * batch
         if isinstance(self.states, list):
             return self.states
-        return [self.states.select(torch.tensor([row])) for row in range(batch)]
+        return rows_of(self.states)
 
     def get_seq_length(self) -> int:
         return self.length
