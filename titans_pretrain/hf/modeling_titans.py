@@ -20,7 +20,7 @@ from titans_pretrain.models.causal_lm import Stack
 from titans_pretrain.models.inputs import check_values
 from titans_pretrain.models.linear import Embedding, Projection
 from titans_pretrain.models.norm import RMSNorm
-from titans_pretrain.models.rows import stack_rows
+from titans_pretrain.models.rows import rows_of, stack_rows
 from titans_pretrain.models.state import ModelState
 from titans_pretrain.models.variants import build_block
 
@@ -28,6 +28,9 @@ from titans_pretrain.models.variants import build_block
 CACHE_NAME = next(name for name in CACHE_NAMES if name in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)})
 # What the library passes beside forward's own arguments, without effect here.
 LIBRARY_ARGUMENTS = {"cache_position", "num_items_in_batch", "return_dict"}
+# What says of packed documents, for other kernels, the same as position_ids beside it.
+PACKED_ARGUMENTS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+States = ModelState | list[ModelState | None] | None  # of a cache
 PIECE = 1024  # tokens read at a time where only the last one's output is wanted: a long prompt takes the memory of a short one
 
 
@@ -91,7 +94,7 @@ class TitansModel(Stack, TitansPreTrainedModel):
         last_hidden_state [B, T, dim] (T = 1 if last_only); at padding that of the last token before it, 0 before the first. hidden_states:
         of embedding and layers, the last one normalised. A state of several documents in a row, or after padding that was read
         without a cache, is none: there is no cache then. Raises ValueError."""
-        _refuse_unknown(kwargs)
+        _refuse_unknown(kwargs, packed=position_ids is not None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("a Titans model reads input_ids or inputs_embeds; give one of them")
         x = inputs_embeds if input_ids is None else input_ids
@@ -120,7 +123,7 @@ class TitansModel(Stack, TitansPreTrainedModel):
                 outs, states = self._read(x, states, every, last_only)
             else:
                 real = x.new_ones(x.shape[:2], dtype=torch.bool) if real is None else real
-                outs, states = self._read_rows(x, real, cache.content.by_row(len(x)), every, last_only)
+                outs, states = self._read_rows(x, real, states, every, last_only)
             if cache is not None:
                 cache.content.states = states
                 cache.content.length += x.shape[1]
@@ -148,16 +151,17 @@ class TitansModel(Stack, TitansPreTrainedModel):
         return [hidden] if seen is None else [embedded, *seen[:-1], hidden], state
 
     def _read_rows(
-        self, x: Tensor, real: Tensor, states: Sequence[ModelState | None], every: bool, last_only: bool
-    ) -> tuple[list[Tensor], ModelState | list[ModelState | None]]:
-        """As `_read`, of rows with padding (real [B, T]) or with states of their own. Rows without a state read together as far as
-        the shortest goes, then without that one; the others each by itself."""
+        self, x: Tensor, real: Tensor, states: States, every: bool, last_only: bool
+    ) -> tuple[list[Tensor], States]:
+        """As `_read`, of rows with padding (real [B, T]) or with states of their own. Rows that stand at one place read together as
+        far as the shortest goes, then without that one; the others each by itself."""
         grid = on_grid(real, document_starts(real, None), 1)
         x, lengths = grid.place(x), real.sum(1)
-        has = torch.tensor([state is not None for state in states], device=lengths.device)
-        groups = [(row[None], states[int(row)]) for row in (has & (lengths > 0)).nonzero().flatten()]
-        groups.append(((~has & (lengths > 0)).nonzero().flatten(), None))
-        ended = [(row[None], states[int(row)]) for row in (lengths == 0).nonzero().flatten()]
+        groups, ended = [], []
+        for rows, state in _at_one_place(states, len(x), x.device):
+            for here, found in ((lengths[rows] > 0, groups), (lengths[rows] == 0, ended)):
+                if here.any():
+                    found.append((rows[here], state and state.select(here.nonzero().flatten())))
         outs: list[Tensor] = []
         for rows, state in groups:
             start = 0
@@ -220,7 +224,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Arguments as of TitansModel.forward; labels [B, T], shifted in here, -100 for none: neither padding nor a document's first
         token is predicted. Logits [B, T, vocab_size]."""
-        _refuse_unknown(kwargs)
+        _refuse_unknown(kwargs, packed=position_ids is not None)
         if labels is not None:
             x = inputs_embeds if input_ids is None else input_ids
             real, starts = _documents(
@@ -259,15 +263,26 @@ def _documents(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Which of x [B, T, ...] are tokens and which of these start a document, [B, T] bool each. Both None: all are tokens of one
     document a row. The second alone: behind a cache, where documents go on."""
-    before = 0 if cache is None else cache.get_seq_length()
-    real = real_tokens(attention_mask, *x.shape[:2], before)
-    if before or (real is None and position_ids is None):
+    real = real_tokens(attention_mask, *x.shape[:2], 0 if cache is None else cache.get_seq_length())
+    goes_on = cache is not None and cache.content.states is not None
+    if goes_on or (real is None and position_ids is None):
         return real, None
     everywhere = x.new_ones(x.shape[:2], dtype=torch.bool) if real is None else real
     starts = document_starts(everywhere, position_ids)
     if real is None and not starts[:, 1:].any():
         return None, None
     return everywhere, starts
+
+
+def _at_one_place(states: States, batch: int, device: torch.device) -> list[tuple[Tensor, ModelState | None]]:
+    """(rows, their state) of rows that have read equally much."""
+    everywhere = torch.arange(batch, device=device)
+    if states is None or (isinstance(states, ModelState) and not states.ragged):
+        return [(everywhere, states)]
+    singles = states if isinstance(states, list) else rows_of(states)
+    groups = [(everywhere[[i]], state) for i, state in enumerate(singles) if state is not None]
+    fresh = [i for i, state in enumerate(singles) if state is None]
+    return groups + ([(everywhere[fresh], None)] if fresh else [])
 
 
 def _single(states: Sequence[tuple[Tensor, ModelState | None]]) -> list[tuple[int, ModelState | None]]:
@@ -277,11 +292,11 @@ def _single(states: Sequence[tuple[Tensor, ModelState | None]]) -> list[tuple[in
     ]
 
 
-def _refuse_unknown(arguments: dict) -> None:
+def _refuse_unknown(arguments: dict, packed: bool) -> None:
     """A state under a name that a later version invents must not be lost in **kwargs: the model would forget."""
     if arguments.get("output_attentions"):
         raise ValueError("output_attentions is not supported by a Titans model")
-    known = LIBRARY_ARGUMENTS | {"output_attentions"}
+    known = LIBRARY_ARGUMENTS | {"output_attentions"} | (PACKED_ARGUMENTS if packed else set())
     unknown = [name for name, value in arguments.items() if value is not None and name not in known]
     if unknown:
         raise ValueError(

@@ -45,10 +45,7 @@ class Stack:
         if absolute is None:
             absolute = position[:, None] + torch.arange(x.shape[1], device=x.device)
         if state is not None and state.ragged:
-            if positions is not None or x.shape[1] > 1:
-                raise ValueError(
-                    "rows that have read different numbers of tokens take one token at a time, no positions"
-                )
+            assert positions is None and x.shape[1] == 1  # check_inputs says it to users
             positions = absolute  # how far back a row reaches
         by = self.rotations(absolute, x.dtype)
         x, states = self.run_layers(x, by, positions, state and state.layers, seen=seen)
