@@ -85,18 +85,17 @@ class Writer:
             self.tokenizer, model = load_tokenizer(find_tokenizer(path)), load_model(path)[0]
         self.model = model.to(pick_device(device))
         self.tokens_per_second = 0.0  # of the newest continuation
-        self.context = Context(self.model)  # what was read before the prompt; converse adds to it
+        self.start = self.context = Context(self.model)  # before a prompt; and behind the newest that was read for good
         if state is not None:
-            self.context.state = load_state(state, self._fingerprint(), self.context.device)
-            if len(self.context.state.position) != 1:
-                raise ValueError(
-                    f"{state} holds the states of {len(self.context.state.position)} rows; a prompt needs that of one"
-                )
+            self.start.state = load_state(state, self._fingerprint(), self.start.device)
+            rows = len(self.start.state.position)
+            if rows > 1:
+                raise ValueError(f"{state} holds the states of {rows} rows; a prompt goes on from that of one")
 
     def read(self, text: str) -> int:
         """Reads a text without going on from it; the tokens read so far."""
-        ids = self.tokenizer.encode(text).tolist()
-        self.context.read(_not_empty(ids))
+        self.context = copy.copy(self.start)
+        self.context.read(_not_empty(self.tokenizer.encode(text).tolist()))
         return self.context.tokens
 
     def save(self, path: str) -> None:
@@ -110,19 +109,19 @@ class Writer:
         """So many continuations of a text, each in pieces as they come; the i-th is drawn with the i-th seed from the given one."""
         if samples < 1:
             raise ValueError(f"--num-samples must be 1 or more, got {samples}")
-        context, ids = copy.copy(self.context), _not_empty(self.tokenizer.encode(prompt).tolist())
+        context, ids = copy.copy(self.start), _not_empty(self.tokenizer.encode(prompt).tolist())
         context.read(ids)
         for i in range(samples):
             yield self._pieces(copy.copy(context), ids, replace(sampling, seed=sampling.seed + i))
 
     def converse(self, lines: Iterable[str], sampling: Sampling) -> Iterator[Iterator[str]]:
         """For each line a continuation, in pieces, of all that was read and written before it. An empty line asks for more."""
-        context = self.context
+        self.context = context = copy.copy(self.start)
         for i, line in enumerate(lines):
             ids = self.tokenizer.encode(("" if context.state is None else "\n") + line).tolist() if line else []
             if ids:
                 context.read(ids)
-            if context.logits is not None:  # nothing was said yet, but for a text before
+            if context.logits is not None:  # of a state that was loaded none are known
                 yield self._pieces(context, ids, replace(sampling, seed=sampling.seed + i))
 
     def _pieces(self, context: Context, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:
