@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -47,10 +47,11 @@ class TitansPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Values of what a checkpoint does not have; the library leaves the parameters alone that it has loaded."""
-        if not hasattr(module, "init_weights"):
+        init: Any = getattr(module, "init_weights", None)
+        if init is None:
             super()._init_weights(module)  # not of this model: an embedding that was resized
         elif not isinstance(module, PreTrainedModel) and next(module.parameters(recurse=False), None) is not None:
-            module.init_weights()
+            init()
 
 
 class TitansModel(Stack, TitansPreTrainedModel):

@@ -26,7 +26,7 @@ KINDS = {
 
 def fingerprint(config: ModelConfig, weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of what the model computes: config but for speed, and every weight to the bit."""
-    function = dataclasses.asdict(config)
+    function: dict = dataclasses.asdict(config)
     del function["attention_backend"], function["memory"]["backend"], function["memory"]["checkpoint_every"]
     digest = hashlib.sha256(json.dumps(function, sort_keys=True).encode())
     for name, x in sorted(weights.items()):
