@@ -35,8 +35,9 @@ def load_export(folder: str | Path, dtype: torch.dtype | None = torch.float32) -
     with torch.device("meta"):
         model = build_model(config)
     expected = {name: x.shape for name, x in model.state_dict().items()}
-    if config.tie_embeddings:  # saved twice by some
-        weights.pop("lm_head.weight", None)
+    head, embedding = weights.get("lm_head.weight"), weights.get("embed_tokens.weight")
+    if config.tie_embeddings and head is not None and embedding is not None and torch.equal(head, embedding):
+        del weights["lm_head.weight"]  # saved twice by some
     found = {name: x.shape for name, x in weights.items()}
     odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if odd:

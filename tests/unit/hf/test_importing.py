@@ -118,3 +118,17 @@ def test_the_first_versions_name_of_the_output_layer(exported, tmp_path):
     shutil.copy(folder / "config.json", tmp_path)
     save_file(weights, tmp_path / "model.safetensors")
     assert same(load_export(tmp_path)[0].state_dict(), model.state_dict())
+
+
+def test_a_tied_output_layer_that_was_saved_twice(exported, tmp_path):
+    _, folder = exported
+    weights = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+    config = json.loads((folder / "config.json").read_text()) | {"tie_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="1 tensors differ, the first is lm_head.weight"):  # not the embedding
+        load_export(tmp_path)
+    save_file(
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors"
+    )
+    assert load_export(tmp_path)[0].lm_head is None
