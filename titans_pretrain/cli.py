@@ -20,6 +20,7 @@ _EXAMPLES = """examples:
   titans-pretrain report runs/tiny                                 what came out
   titans-pretrain generate runs/tiny --prompt "def main("          complete a text
   titans-pretrain export runs/tiny exported/                       a folder for Hugging Face transformers
+  titans-pretrain import exported/ runs/imported                   and back
 
 Exit codes: 0 done, 1 doctor found a fault, 2 something is wrong with what was given (one line says what), 85 a signal stopped the training after
 a checkpoint was saved. TITANS_DEBUG=1 shows the whole traceback of an error."""
@@ -131,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
         'runs/tiny --prompt "def main(" --top-p 0.9 --seed 1',
         'runs/tiny --prompt "def main(" --num-samples 4',
         "runs/tiny --interactive",
+        "runs/tiny --prompt - --save-state book.state < book.txt",
+        'runs/tiny --load-state book.state --prompt "Who was"',
     )
     _add_run(sub, "run, checkpoint or exported folder")
     prompt = sub.add_mutually_exclusive_group(required=True)
@@ -139,6 +142,12 @@ def _parser() -> argparse.ArgumentParser:
         "--interactive",
         action="store_true",
         help="complete each line that is typed, with all before it in mind; an empty line asks for more, Ctrl-D ends",
+    )
+    sub.add_argument("--load-state", metavar="FILE", help="go on from the text that this state was saved behind")
+    sub.add_argument(
+        "--save-state",
+        metavar="FILE",
+        help="read the prompt, keep what the model knows of it, and complete nothing; with --interactive, at the end",
     )
     sub.add_argument(
         "--num-samples", type=int, default=1, metavar="N", help="completions of the prompt, each with a seed of its own"
@@ -172,6 +181,16 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="of the weights (default: float32)",
     )
+
+    sub = command(
+        "import",
+        _import,
+        "make a run of an exported folder, or of one that was fine-tuned with Hugging Face transformers",
+        "exported/ runs/imported",
+    )
+    sub.add_argument("path", metavar="EXPORT", help="folder with config.json and safetensors")
+    sub.add_argument("out", metavar="RUN", help="run folder to write: a checkpoint of step 0")
+    sub.add_argument("--tokenizer", metavar="FOLDER", help="of the run (default: the export's own)")
 
     sub = command("report", _report, "print what a run reached", "runs/tiny")
     _add_run(sub, "run folder")
@@ -348,13 +367,21 @@ def _generate(args) -> None:
     sampling = Sampling(
         args.max_new_tokens, 0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.seed
     )
-    writer = Writer(args.path, args.device)
+    writer = Writer(args.path, args.device, args.load_state)
     if args.interactive:
         for pieces in writer.converse(_typed_lines(), sampling):
             _print_pieces(pieces)
-            print(f"[{writer.tokens_per_second:.1f} tokens/s]", file=sys.stderr)
+            told = f"[{writer.tokens_per_second:.1f} tokens/s, {writer.context.tokens:,} tokens read]"
+            print(told, file=sys.stderr)
+        if args.save_state and writer.context.tokens:
+            writer.save(args.save_state)
         return
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if args.save_state:
+        read = writer.read(prompt)
+        writer.save(args.save_state)
+        print(f"read {read:,} tokens; wrote {args.save_state}")
+        return
     for i, pieces in enumerate(writer.complete(prompt, sampling, args.num_samples)):
         print("---\n" * (i > 0) + prompt, end="", flush=True)
         _print_pieces(pieces)
@@ -377,6 +404,12 @@ def _export(args) -> None:
 
     export_checkpoint(args.path, args.out, args.dtype)
     print(f"wrote {args.out}")
+
+
+def _import(args) -> None:
+    from titans_pretrain.hf.importing import import_export
+
+    print(f"wrote {import_export(args.path, args.out, args.tokenizer)}")
 
 
 def _report(args) -> None:

@@ -51,7 +51,7 @@ def _check_documents(positions: Tensor, multiple: int) -> None:
 
 def check_segment(
     q: Tensor, k: Tensor, v: Tensor, memory_k: Tensor | None, memory_v: Tensor | None, persistent: KeyValue | None,
-    context: KeyValue | None,
+    context: KeyValue | None, lengths: Tensor | None = None,
 ) -> None:  # fmt: skip
     if q.dim() != 4 or 0 in q.shape:
         raise ValueError(f"q must be [B, Tq, H, D] with no empty dimension, got {tuple(q.shape)}")
@@ -65,6 +65,8 @@ def check_segment(
             raise ValueError(
                 f"{name} is {tuple(x.shape)} {x.dtype}; it must be [{batch}, S, {heads}, {size}] {q.dtype}, S as in k"
             )
+    if lengths is not None and (lengths.shape != (batch,) or lengths.dtype != torch.int64):
+        raise ValueError(f"lengths is {tuple(lengths.shape)} {lengths.dtype}; it must be {(batch,)} torch.int64")
     if k.shape[1] < rows:
         raise ValueError(f"k holds {k.shape[1]} tokens of the segment; q, its last tokens, cannot hold {rows}")
     for name, pair, shape in (("persistent", persistent, (heads, size)), ("context", context, (batch, heads, size))):

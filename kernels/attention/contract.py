@@ -97,6 +97,7 @@ def segment_attention(
     *,
     persistent: KeyValue | None = None,
     context: KeyValue | None = None,
+    lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention over [persistent | context | retrieved memory | segment] (Titans, arXiv 2501.00663, equation 22), causal:
@@ -108,6 +109,8 @@ def segment_attention(
         memory_k, memory_v: [B, S, H, D]: what was retrieved for each of its tokens, or None.
         persistent: (k, v), each [P, H, D]: visible to every row.
         context: (k, v), each [B, N, H, D]: visible to every row of its sample.
+        lengths: [B] int64, how many of the S tokens, the last ones, are the sample's own, Tq or more; None: all. What stands
+            before them is not seen. "sdpa" and "reference" only.
         backend: one of sliding_window_attention's.
 
     Returns:
@@ -116,11 +119,11 @@ def segment_attention(
     Raises:
         ValueError: a shape, dtype or backend that does not fit; one line that names the argument.
     """
-    check_segment(q, k, v, memory_k, memory_v, persistent, context)
+    check_segment(q, k, v, memory_k, memory_v, persistent, context, lengths)
     dtype = _compute_dtype(q)
     arguments = dict(
         q=q.to(dtype), k=k.to(dtype), v=v.to(dtype), memory=None if memory_k is None else _cast((memory_k, memory_v), dtype),
-        persistent=_cast(persistent, dtype), context=_cast(context, dtype),
+        persistent=_cast(persistent, dtype), context=_cast(context, dtype), lengths=lengths,
     )  # fmt: skip
     with without_autocast(q):
         return choose("segment_attention", SEGMENT, backend, arguments).run(**arguments)

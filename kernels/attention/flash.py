@@ -39,7 +39,7 @@ def window_attention(
 
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, *, memory: KeyValue | None, persistent: KeyValue | None, context: KeyValue | None,
-    library: Library,
+    library: Library, lengths: None = None,
 ) -> Tensor:  # fmt: skip
     """q [B, Tq, H, D], the last rows of k, v [B, S, H, D]; memory: pair of [B, S, H, D] or None, persistent: of [P, H, D],
     context: of [B, N, H, D]. Returns [B, Tq, H, D]."""
@@ -69,8 +69,8 @@ def refuses_window(*, library: Library, q: Tensor, limit: Tensor | None, documen
     )
 
 
-def refuses_segment(*, library: Library, q: Tensor, **_) -> str | None:
-    return library.refuses(q)
+def refuses_segment(*, library: Library, q: Tensor, lengths: Tensor | None = None, **_) -> str | None:
+    return library.refuses(q) if lengths is None else "lengths: it has one number of keys for all samples"
 
 
 def _rows(q: Tensor, count: int, queries: int, keys: int, **sees) -> Span:

@@ -38,8 +38,9 @@ def window_attention(
 
 
 def segment_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, memory: KeyValue | None, persistent: KeyValue | None, context: KeyValue | None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, memory: KeyValue | None, persistent: KeyValue | None, context: KeyValue | None,
+    lengths: None = None,
+) -> Tensor:  # fmt: skip
     """q [B, Tq, H, D], the last rows of k, v [B, S, H, D]; memory: pair of [B, S, H, D] or None, persistent: of [P, H, D],
     context: of [B, N, H, D]. Returns [B, Tq, H, D]."""
     rows, length = q.shape[1], k.shape[1]
@@ -56,7 +57,9 @@ def segment_attention(
     return _attend(q, keys, values, mask)[0]
 
 
-def refuses(*, q: Tensor, **_) -> str | None:
+def refuses(*, q: Tensor, lengths: Tensor | None = None, **_) -> str | None:
+    if lengths is not None:
+        return "lengths: it has one number of keys for all samples"
     if q.device.type != "cuda":
         return f"q: it is on {q.device.type}, where it makes a matrix of all scores"
     if q.dtype not in (torch.float16, torch.bfloat16):

@@ -25,10 +25,24 @@ def window_attention(
 
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, *, memory: tuple[Tensor, Tensor] | None, persistent: tuple[Tensor, Tensor] | None,
-    context: tuple[Tensor, Tensor] | None,
+    context: tuple[Tensor, Tensor] | None, lengths: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """q [B, Tq, H, D], the last rows of k, v [B, S, H, D]; memory: pair of [B, S, H, D] or None, persistent: of [P, H, D],
-    context: of [B, N, H, D]. Returns [B, Tq, H, D]."""
+    context: of [B, N, H, D]; lengths: [B]. Returns [B, Tq, H, D]."""
+    if lengths is not None:  # sample by sample, of its own tokens alone
+        own = [slice(i, i + 1) for i in range(len(q))]
+        cut = [slice(k.shape[1] - n, None) for n in lengths.tolist()]
+
+        def one(pair, i):
+            return None if pair is None else tuple(x[own[i], cut[i]] for x in pair)
+
+        return torch.cat([
+            segment_attention(
+                q[own[i]], *one((k, v), i), memory=one(memory, i), persistent=persistent,
+                context=None if context is None else tuple(x[own[i]] for x in context), lengths=None,
+            )
+            for i in range(len(q))
+        ])  # fmt: skip
     batch, rows = q.shape[:2]
     length = k.shape[1]
     row = torch.arange(length - rows, length, device=q.device)

@@ -34,14 +34,17 @@ def _by_blocks(*arguments) -> Tensor:
 
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, *, memory: tuple[Tensor, Tensor] | None, persistent: tuple[Tensor, Tensor] | None,
-    context: tuple[Tensor, Tensor] | None,
+    context: tuple[Tensor, Tensor] | None, lengths: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """q [B, Tq, H, D], the last rows of k, v [B, S, H, D]; memory: pair of [B, S, H, D] or None, persistent: of [P, H, D],
-    context: of [B, N, H, D]. Returns [B, Tq, H, D]."""
+    context: of [B, N, H, D]; lengths: [B]. Returns [B, Tq, H, D]."""
     rows, length = q.shape[1], k.shape[1]
     keys, values, always = segment_keys(k, v, memory, persistent, context)
     causal = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
-    mask = torch.cat((causal.new_ones(rows, always), *[causal] * (1 if memory is None else 2)), 1)
+    if lengths is not None:
+        causal = causal & (torch.arange(length, device=q.device) >= length - lengths[:, None, None, None])
+    always_seen = causal.new_ones(*causal.shape[:-1], always)
+    mask = torch.cat((always_seen, *[causal] * (1 if memory is None else 2)), -1)
     return _heads_first(scaled_dot_product_attention, q, keys, values, attn_mask=mask)
 
 

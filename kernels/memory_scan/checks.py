@@ -38,13 +38,15 @@ def check_scan(
         raise ValueError(f"{'reset' if reset is not None else 'forget_to=initial'} needs initial_state")
     dtype = state.weights[0].dtype
     check_state("state", state, batch, heads, dim, depth, dtype)
-    if state.offset >= options.chunk_size:
+    if not state.ragged and state.offset >= options.chunk_size:
         raise ValueError(
             f"the state has read {state.offset} tokens of its chunk, more than chunk_size={options.chunk_size} holds"
         )
+    if state.ragged and state.offset.shape != (batch,):
+        raise ValueError(f"offset is {tuple(state.offset.shape)}; it must be one for each of the {batch} rows")
     if initial_state is not None:
         check_state("initial_state", initial_state, batch, heads, dim, depth, dtype)
-        if initial_state.offset:
+        if initial_state.ragged or initial_state.offset:
             raise ValueError("initial_state must stand at a chunk's start (offset 0); use initial_state.opened()")
     if reset is not None:
         chunks = -(-(state.offset + tokens) // options.chunk_size)

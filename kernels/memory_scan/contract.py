@@ -84,6 +84,8 @@ def memory_scan(
     """
     options = ScanOptions(chunk_size, residual_norm, damping, forget_to)
     split = _checked(hidden_split, state)
+    if state.ragged:
+        raise ValueError("the rows of the state stand at offsets of their own; memory_step reads on from there")
     check_scan(q, k, v, forget, momentum, lr, state, options, reset, initial_state, checkpoint_every)
     arguments = dict(
         q=q, k=k, v=v, forget=forget, momentum=momentum, lr=lr, state=state.expand(len(q)), options=options, reset=reset,
@@ -110,7 +112,8 @@ def memory_step(
     backend: str = "auto",
     hidden_split: HiddenSplit | None = None,
 ) -> tuple[Tensor, MemoryState]:
-    """One token of memory_scan, for decoding: the same function and arguments, T = 1 in every shape. Raises ValueError likewise."""
+    """One token of memory_scan, for decoding: the same function and arguments, T = 1 in every shape. Rows may stand at offsets of
+    their own (MemoryState.offset): each is read as it would be alone. Raises ValueError likewise."""
     options = ScanOptions(chunk_size, residual_norm, damping, forget_to)
     split = _checked(hidden_split, state)
     check_scan(q, k, v, forget, momentum, lr, state, options, None, initial_state, None)

@@ -83,5 +83,7 @@ def scan(
     return torch.stack(outputs, 1).to(out), MemoryState(weights, surprise, anchor if offset else None, offset)
 
 
-def refuses(*, hidden_split: HiddenSplit, **_) -> str | None:
+def refuses(*, state: MemoryState, hidden_split: HiddenSplit, **_) -> str | None:
+    if state.ragged:
+        return "state: its rows stand at offsets of their own"
     return "hidden_split: it holds a whole memory on one rank" if hidden_split.ranks > 1 else None

@@ -12,20 +12,26 @@ class MemoryState:
 
     weights, surprise: tuples over the L memory layers of [B, H, d_in, d_out]; float32 (float64 in tests)
     anchor: the weights at the start of the chunk that is half read, or None when `offset` is 0
-    offset: tokens of the current chunk already read, 0 <= offset < chunk_size, the same for the whole batch
+    offset: tokens of the current chunk already read, 0 <= offset < chunk_size, the same for the whole batch; or int64 [B],
+            one for each row, which memory_step alone reads: the anchor is then always given, where it is 0 with any values
     """
 
     weights: tuple[Tensor, ...]
     surprise: tuple[Tensor, ...]
     anchor: tuple[Tensor, ...] | None = None
-    offset: int = 0
+    offset: int | Tensor = 0
+
+    @property
+    def ragged(self) -> bool:
+        """Do the rows stand at offsets of their own?"""
+        return isinstance(self.offset, Tensor)
 
     def __post_init__(self):
         if len(self.weights) != len(self.surprise):
             raise ValueError(
                 f"{len(self.weights)} weights but {len(self.surprise)} surprise tensors; give one of each per memory layer"
             )
-        fits = self.anchor is not None if self.offset else self.anchor is None
+        fits = self.anchor is not None if self.ragged or self.offset else self.anchor is None
         if not fits:
             raise ValueError(
                 f"a half-read chunk needs its anchor and only it has one: offset={self.offset}, anchor given: {self.anchor is not None}"

@@ -27,6 +27,19 @@ class StepHistory:
     keys: Tensor
     steps: Tensor
 
+    @staticmethod
+    def of_rows(
+        history: "StepHistory | None", keys: Tensor, steps: Tensor, offset: Tensor, chunk_size: int
+    ) -> "StepHistory":
+        """After one more token (keys [B, 1, H, D], steps [B, 1, H, gates]) of rows that stand at offsets [B] of their own: the
+        last chunk_size - 1 tokens, with steps of zero, which have no effect, where they belong to an earlier chunk."""
+        if history is not None:
+            keys, steps = torch.cat([history.keys, keys], 1), torch.cat([history.steps, steps], 1)
+        kept = min(keys.shape[1], chunk_size - 1)
+        keys, steps = keys[:, keys.shape[1] - kept :], steps[:, steps.shape[1] - kept :]
+        ended = (offset + 1) % chunk_size == 0
+        return StepHistory(keys, steps.masked_fill(ended[:, None, None, None], 0.0))
+
 
 def telescope(
     lr: Tensor,

@@ -40,7 +40,7 @@ for folder in folders:
     model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     inputs = tokenizer(text, return_tensors="pt")
-    batch = tokenizer([text, text[:20]], return_tensors="pt", padding=True)
+    batch = tokenizer([text, text[:20]], return_tensors="pt", padding=True, padding_side="left")
     again = results + "-again"
     model.save_pretrained(again)
     again = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
@@ -139,7 +139,7 @@ def test_an_export_generates_what_the_model_would(loaded, variant):
         state = out.state
         out = model(ids[:, -1:], state=state)
     assert torch.equal(got["generated"], ids)
-    assert torch.equal(got["batch"][:1], ids)  # beside a shorter row, which the tokenizer pads on the left
+    assert torch.equal(got["batch"][:1], ids)  # beside a shorter row
     assert got["batch"][1, -NEW - 1] == ByteTokenizer().encode(TEXT[:20])[-1]
 
 
@@ -156,7 +156,7 @@ def test_the_quickstart_notices_an_export_that_forgets(tmp_path):
     assert done.returncode == 0 and len(done.stdout) > len(TEXT), done.stderr
     assert not any(word in done.stderr for word in ("Warning", "warning", "deprecated")), done.stderr
     code = (out / "modeling_titans.py").read_text()
-    forgetful = code.replace("self._read(input_ids, content.states", "self._read(input_ids, None")
+    forgetful = code.replace("self._read(x, states, every", "self._read(x, None, every")
     assert forgetful != code
     (out / "modeling_titans.py").write_text(forgetful)
     done = complete()

@@ -17,7 +17,7 @@ import torch
 from titans_pretrain import cli
 from titans_pretrain.checkpoint import find_checkpoint, load_model
 from titans_pretrain.checkpoint.checksums import SUMS, write_sums
-from titans_pretrain.commands.generate import Context, Sampling, Writer, generate_tokens, pick_token
+from titans_pretrain.commands.generate import Sampling, Writer, generate_tokens, pick_token
 from titans_pretrain.data import build_reader, unigram_entropy
 from titans_pretrain.training.health import NAMES
 from titans_pretrain.training.loggers import read_metrics
@@ -246,22 +246,49 @@ def test_samples_are_the_texts_of_the_seeds_that_follow(run, capsys):
     assert len(set(texts)) == 3
 
 
+def test_a_text_is_read_once_and_completed_later(run, tmp_path, monkeypatch, capsys):
+    state, greedy = str(tmp_path / "book.state"), ["--greedy", "--max-new-tokens", "9"]
+    assert cli.main(["generate", str(run), "--prompt", "it reads a memory", "--save-state", state]) == 0
+    tokens = len(Writer(str(run)).tokenizer.encode("it reads a memory"))
+    assert capsys.readouterr().out == f"read {tokens} tokens; wrote {state}\n"
+    writer = Writer(str(run), state=state)
+    ids = [int(i) for text in ("it reads a memory", " of it") for i in writer.tokenizer.encode(text)]
+    expected = writer.tokenizer.decode(
+        list(generate_tokens(writer.model, ids, Sampling(9, 0.0), writer.tokenizer.entry.eos_id))
+    )
+    assert cli.main(["export", str(run), str(tmp_path / "exported")]) == 0  # the same model, by another way
+    for source in (run, tmp_path / "exported"):
+        capsys.readouterr()
+        assert cli.main(["generate", str(source), "--load-state", state, "--prompt", " of it", *greedy]) == 0
+        assert capsys.readouterr().out == f" of it{expected}\n"
+    monkeypatch.setattr("builtins.input", _typing(["", "and"]))  # an empty line first: there is nothing to say yet
+    options = ["--load-state", state, "--interactive", "--save-state", state, *greedy]
+    assert cli.main(["generate", str(run), *options]) == 0
+    shown = capsys.readouterr()
+    read = Writer(str(run), state=state).start.tokens
+    assert shown.err.count("tokens read]") == 1 and shown.err.endswith(f"{read} tokens read]\n") and read > tokens + 4
+    assert cli.main(["generate", str(run), "--load-state", str(tmp_path / "gone"), "--prompt", "a"]) == 2
+    assert "no state file" in capsys.readouterr().err
+
+
+def test_an_export_is_a_run_again(run, tmp_path, capsys):
+    assert cli.main(["export", str(run), str(tmp_path / "exported")]) == 0
+    assert cli.main(["import", str(tmp_path / "exported"), str(tmp_path / "imported")]) == 0
+    assert capsys.readouterr().out.endswith(f"wrote {tmp_path}/imported/checkpoints/step-00000000\n")
+    weights = [load_model(path)[0].state_dict() for path in (run, tmp_path / "imported")]
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
+    assert cli.main(["generate", str(tmp_path / "imported"), "--prompt", "it", "--max-new-tokens", "2"]) == 0
+    assert cli.main(["import", str(tmp_path / "exported"), str(tmp_path / "imported")]) == 2
+    assert "is not empty; give a new folder" in capsys.readouterr().err
+
+
 def test_a_conversation_goes_on_from_all_that_was_said(run, monkeypatch, capsys):
     """Each answer is the completion of the whole text so far; an empty line asks for more of the last one."""
     writer, sampling = Writer(str(run)), Sampling(max_new_tokens=9, temperature=0.0)
     lines = ["", "memory", "it reads", ""]
-    contexts = []
-
-    class Kept(Context):
-        def __init__(self, model):
-            super().__init__(model)
-            contexts.append(self)
-
-    monkeypatch.setattr("titans_pretrain.commands.generate.Context", Kept)
     answers = ["".join(pieces) for pieces in writer.converse(lines, sampling)]
     assert len(answers) == 3  # nothing was there to go on from at the first
-    (context,) = contexts
-    said = ""
+    context, said = writer.context, ""
     for line, answer in zip(lines[1:], answers):
         said += ("\n" if said and line else "") + line
         (pieces,) = writer.complete(said, sampling)
@@ -274,7 +301,8 @@ def test_a_conversation_goes_on_from_all_that_was_said(run, monkeypatch, capsys)
     assert cli.main(["generate", str(run), "--interactive", "--greedy", "--max-new-tokens", "9"]) == 0
     shown = capsys.readouterr()
     assert shown.out == "".join(answer + "\n" for answer in answers)
-    assert shown.err.count("tokens/s]\n") == 3
+    assert shown.err.count("tokens/s, ") == 3
+    assert shown.err.endswith(f"{len(writer.tokenizer.encode(said)):,} tokens read]\n")
 
 
 def _typing(lines):
@@ -354,7 +382,7 @@ def test_help_lists_the_commands_and_loads_nothing_heavy(capsys):
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
-    for command in ("train", "config", "plan", "eval", "generate", "export", "report", "verify", "doctor"):
+    for command in ("train", "config", "plan", "eval", "generate", "export", "import", "report", "verify", "doctor"):
         assert f"\n    {command} " in out
         with pytest.raises(SystemExit) as e:
             cli.main([command, "--help"])

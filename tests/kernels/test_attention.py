@@ -164,6 +164,24 @@ def test_segment_matches_the_rule(rows, length, persistent, context, memory):
     compare(segment_attention(q, k, v, mk, mv, **pairs), segment_oracle(q, k, v, mk, mv, **pairs), inputs)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_segments_of_unequal_lengths_match_the_rule(backend):
+    length, lengths = 7, (7, 1, 4)
+    row = (HEADS, SIZE)
+    q, k, v, mk, mv, pk, pv, ck, cv = make(
+        (3, 1, *row), *[(3, length, *row)] * 4, *[(2, *row)] * 2, *[(3, 2, *row)] * 2
+    )
+    y = segment_attention(
+        q, k, v, mk, mv, persistent=(pk, pv), context=(ck, cv), lengths=torch.tensor(lengths), backend=backend
+    )
+    for i, n in enumerate(lengths):
+        own = [x[i : i + 1, length - n :] for x in (k, v, mk, mv)]
+        alone = segment_oracle(q[i : i + 1], *own, persistent=(pk, pv), context=(ck[i : i + 1], cv[i : i + 1]))
+        assert_close(y[i : i + 1], alone, **EXACT)
+    with pytest.raises(ValueError, match=r"lengths is \(2,\) torch.int64; it must be \(3,\)"):
+        segment_attention(q, k, v, mk, mv, lengths=torch.tensor([1, 2]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_segment_is_causal_bit_for_bit(dtype):
     length, at = 40, 17

@@ -344,3 +344,46 @@ def test_bad_state():
     assert half.offset == 1 and initial.expand(2).expand(2).batch == 2
     with pytest.raises(ValueError, match="batch"):
         state.expand(3)
+
+
+@pytest.mark.parametrize("forget_to", ["zero", "initial"])
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_rows_at_offsets_of_their_own_step_as_each_alone(chunk_size, forget_to):
+    depth, starts, steps = 2, (0, 3, 6), 6
+    x = make(max(starts) + steps, depth, batch=3, gates=depth)
+    state, initial = states(x, depth)
+    options = dict(chunk_size=chunk_size, residual_norm=True, damping=1.0, forget_to=forget_to, initial_state=initial)
+    ys, at = [], []  # row by row with the oracle: what it reads, and where it stands after `start` tokens
+    for row, start in enumerate(starts):
+
+        def of_row(s, row=row):
+            return MemoryState(tuple(w[row : row + 1] for w in s.weights), tuple(w[row : row + 1] for w in s.surprise))
+
+        own = [t[row : row + 1] for t in arguments(x)]
+        before = of_row(state)
+        if start:
+            _, before = memory_scan(*(t[:, :start] for t in own), before, backend="reference", **options)
+        y, _ = memory_scan(*(t[:, start : start + steps] for t in own), before, backend="reference", **options)
+        ys.append(y)
+        at.append(before)
+    weights, surprise, anchor = (
+        tuple(map(torch.cat, zip(*parts)))
+        for parts in ([s.weights for s in at], [s.surprise for s in at], [s.anchor or s.weights for s in at])
+    )
+    ragged = MemoryState(weights, surprise, anchor, torch.tensor([s.offset for s in at]))
+    found = []
+    for t in range(steps):
+        tokens = [torch.stack([g[row, s + t : s + t + 1] for row, s in enumerate(starts)]) for g in arguments(x)]
+        y, ragged = memory_step(*tokens, ragged, **options)
+        found.append(y)
+    torch.testing.assert_close(torch.cat(found, 1), torch.cat(ys), rtol=1e-10, atol=1e-10)
+    assert ragged.offset.tolist() == [(start + steps) % chunk_size for start in starts]
+    with pytest.raises(ValueError, match="stand at offsets of their own; memory_step reads on"):
+        memory_scan(*tokens, ragged, **options)
+    with pytest.raises(
+        ValueError, match="backend=reference cannot serve state: its rows stand at offsets of their own"
+    ):
+        memory_step(*tokens, ragged, backend="reference", **options)
+    wrong = MemoryState(weights, surprise, anchor, torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"offset is \(1,\); it must be one for each of the 3 rows"):
+        memory_step(*tokens, wrong, **options)

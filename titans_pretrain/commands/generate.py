@@ -4,13 +4,14 @@ import copy
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from titans_pretrain.checkpoint import find_tokenizer, load_model
 from titans_pretrain.data_prep.tokenizer import load_tokenizer
+from titans_pretrain.hf.importing import is_export, load_export
+from titans_pretrain.models.state_file import fingerprint, load_state, save_state
 from titans_pretrain.training.engine import pick_device
 
 PREFILL = 1024  # tokens of the prompt read at once, so that the logits of a long one never exist whole
@@ -50,6 +51,11 @@ class Context:
             out = self.model(part, state=self.state)
             self.state, self.logits = out.state, out.logits[0, -1].float()
 
+    @property
+    def tokens(self) -> int:
+        """Read so far."""
+        return 0 if self.state is None else int(self.state.position[0])
+
     def write(self, sampling: Sampling, eos_id: int | None) -> Iterator[int]:
         """Token ids that go on from here, up to `eos_id` (not given out) or `max_new_tokens`; they are read too."""
         random = torch.Generator(self.device).manual_seed(sampling.seed)
@@ -69,35 +75,53 @@ def generate_tokens(model: nn.Module, prompt: Sequence[int], sampling: Sampling,
 
 
 class Writer:
-    """A model and its tokenizer, opened once. path: a run, checkpoint or exported folder."""
+    """A model and its tokenizer, opened once. path: a run, checkpoint or exported folder; state: a file of `save`, whose text comes
+    before every prompt."""
 
-    def __init__(self, path: str, device: str = "auto"):
-        if (Path(path) / "config.json").is_file():
-            from titans_pretrain.hf.modeling_titans import TitansForCausalLM
-
-            self.tokenizer, model = load_tokenizer(path), TitansForCausalLM.from_pretrained(path).model.eval()
+    def __init__(self, path: str, device: str = "auto", state: str | None = None):
+        if is_export(path):
+            self.tokenizer, model = load_tokenizer(path), load_export(path, dtype=None)[0]
         else:
             self.tokenizer, model = load_tokenizer(find_tokenizer(path)), load_model(path)[0]
         self.model = model.to(pick_device(device))
         self.tokens_per_second = 0.0  # of the newest continuation
+        self.start = self.context = Context(self.model)  # before a prompt; and behind the newest that was read for good
+        if state is not None:
+            self.start.state = load_state(state, self._fingerprint(), self.start.device)
+            rows = len(self.start.state.position)
+            if rows > 1:
+                raise ValueError(f"{state} holds the states of {rows} rows; a prompt goes on from that of one")
+
+    def read(self, text: str) -> int:
+        """Reads a text without going on from it; the tokens read so far."""
+        self.context = copy.copy(self.start)
+        self.context.read(_not_empty(self.tokenizer.encode(text).tolist()))
+        return self.context.tokens
+
+    def save(self, path: str) -> None:
+        """What was read, for another process to go on from."""
+        save_state(path, self.context.state, self._fingerprint())
+
+    def _fingerprint(self) -> str:
+        return fingerprint(self.model.config, self.model.state_dict())
 
     def complete(self, prompt: str, sampling: Sampling, samples: int = 1) -> Iterator[Iterator[str]]:
         """So many continuations of a text, each in pieces as they come; the i-th is drawn with the i-th seed from the given one."""
         if samples < 1:
             raise ValueError(f"--num-samples must be 1 or more, got {samples}")
-        context, ids = Context(self.model), _not_empty(self.tokenizer.encode(prompt).tolist())
+        context, ids = copy.copy(self.start), _not_empty(self.tokenizer.encode(prompt).tolist())
         context.read(ids)
         for i in range(samples):
             yield self._pieces(copy.copy(context), ids, replace(sampling, seed=sampling.seed + i))
 
     def converse(self, lines: Iterable[str], sampling: Sampling) -> Iterator[Iterator[str]]:
         """For each line a continuation, in pieces, of all that was read and written before it. An empty line asks for more."""
-        context = Context(self.model)
+        self.context = context = copy.copy(self.start)
         for i, line in enumerate(lines):
             ids = self.tokenizer.encode(("" if context.state is None else "\n") + line).tolist() if line else []
             if ids:
                 context.read(ids)
-            if context.state is not None:
+            if context.logits is not None:  # of a state that was loaded none are known
                 yield self._pieces(context, ids, replace(sampling, seed=sampling.seed + i))
 
     def _pieces(self, context: Context, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:

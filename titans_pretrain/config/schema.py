@@ -101,7 +101,7 @@ class TrainConfig:
         True, "with resume=FOLDER; false: this run's data from the start, with FOLDER's weights, optimizer and step"
     )
     init_from: str | None = setting(
-        None, "a run or checkpoint folder whose weights a new run starts with, and nothing else of it"
+        None, "a run, checkpoint or exported folder whose weights a new run starts with, and nothing else of it"
     )
 
     def __post_init__(self):

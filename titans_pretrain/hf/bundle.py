@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 PACKAGE = "titans_pretrain"
-ALLOWED = {*sys.stdlib_module_names, "torch", "transformers"}  # what an exported folder may need
+ALLOWED = {*sys.stdlib_module_names, "torch", "transformers", "safetensors"}  # what an exported folder may need
 
 _ALL_FILES = """
 

@@ -1,9 +1,13 @@
 """Hugging Face cache that carries a Titans model's state."""
 
+from pathlib import Path
+
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from titans_pretrain.models import ModelState
+from titans_pretrain.models.state_file import fingerprint, load_state, save_state
 
 
 class TitansCache(Cache):
@@ -19,11 +23,29 @@ class TitansCache(Cache):
     def content(self) -> "TitansCacheLayer":
         return self.layers[0]
 
+    def save(self, path: str | Path, model: PreTrainedModel) -> None:
+        """What was read, as a file. model: the one that read it, a TitansForCausalLM. Raises ValueError where a row has read nothing."""
+        if not isinstance(self.content.states, ModelState):
+            raise ValueError("there is no state to save: nothing was read yet, in some row at least")
+        save_state(path, self.content.states, _fingerprint(model))
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel, rows: int = 1) -> "TitansCache":
+        """A cache behind a text that is not among the next call's tokens: generate(**question, cache=TitansCache.load(path, model)).
+
+        rows: of the batch that goes on from it, each from all that was read, if one row was. Raises ValueError for the state of
+        another model."""
+        cache = cls()
+        cache.content.states = load_state(path, _fingerprint(model), model.device)
+        if rows > 1:
+            cache.batch_repeat_interleave(rows)
+        return cache
+
 
 class TitansCacheLayer(CacheLayerMixin):
-    """states: None before the first token; one state for the whole batch while its rows have the same length; else one of
-    batch 1 per row (None for a row without tokens yet).
-    length: columns read, padding included, as the library counts."""
+    """states: None before the first token; then one state for the whole batch, ragged if its rows have read different numbers of
+    tokens; while some row has none yet, a state of batch 1 per row, None for those.
+    length: columns read, padding included, as the library counts; 0 behind a state that was loaded."""
 
     is_sliding = False
     is_croppable = False
@@ -36,14 +58,6 @@ class TitansCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.states: ModelState | list[ModelState | None] | None = None
         self.length = 0
-
-    def by_row(self, batch: int) -> list[ModelState | None]:
-        """The state of each row by itself."""
-        if self.states is None:
-            return [None] * batch
-        if isinstance(self.states, list):
-            return self.states
-        return [self.states.select(torch.tensor([row])) for row in range(batch)]
 
     def get_seq_length(self) -> int:
         return self.length
@@ -85,3 +99,11 @@ class TitansCacheLayer(CacheLayerMixin):
 
     def update(self, *args, **kwargs):
         raise NotImplementedError
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """As of the model that was exported."""
+    weights = {name.removeprefix("model."): x for name, x in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        weights.pop("lm_head.weight", None)
+    return fingerprint(model.config.model_config(), weights)

@@ -14,7 +14,7 @@ class TitansConfig(PreTrainedConfig):
     """`ModelConfig`'s fields (see there) under their own names, with the usual Hugging Face names beside them.
 
     `memory.chunk_size` and `mac.segment` are part of the function that the weights were trained for: another value is
-    another model.
+    another model. max_position_embeddings: tokens of a row in training, for tools that ask; the model has no limit.
     """
 
     model_type = "titans"
@@ -26,13 +26,30 @@ class TitansConfig(PreTrainedConfig):
         "num_attention_heads": "heads",
         "num_key_value_heads": "kv_heads",
         "tie_word_embeddings": "tie_embeddings",
+        "initializer_range": "init_std",
+        "rms_norm_eps": "norm_eps",
     }
 
-    def __init__(self, memory: dict | None = None, mac: dict | None = None, use_cache: bool = True, **kwargs):
+    def __init__(
+        self,
+        memory: dict | None = None,
+        mac: dict | None = None,
+        use_cache: bool = True,
+        max_position_embeddings: int = 2048,
+        **kwargs,
+    ):
+        for usual, name in self.attribute_map.items():  # before other sizes follow from these
+            if usual in kwargs:
+                value = kwargs.pop(usual)
+                if kwargs.setdefault(name, value) != value:
+                    raise ValueError(
+                        f"{usual} is {value} and {name} {kwargs[name]}; they are one setting, give one of them"
+                    )
         own = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(ModelConfig) if field.name in kwargs}
         model = ModelConfig(memory=MemoryConfig(**memory or {}), mac=MacConfig(**mac or {}), **own)  # checks the values
         self.__dict__.update(vars(model))
         self.use_cache = use_cache
+        self.max_position_embeddings = max_position_embeddings
         super().__init__(**kwargs)
 
     @classmethod

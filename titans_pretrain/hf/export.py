@@ -32,6 +32,7 @@ BLOCKS = sorted(
 CODE = ("titans_pretrain.hf.configuration_titans", *BLOCKS, "titans_pretrain.hf.modeling_titans")
 AUTO_MAP = {
     "AutoConfig": "configuration_titans.TitansConfig",
+    "AutoModel": "modeling_titans.TitansModel",
     "AutoModelForCausalLM": "modeling_titans.TitansForCausalLM",
 }
 
@@ -44,7 +45,9 @@ def export_checkpoint(source: str | Path, out_dir: str | Path, dtype: str = "flo
     model, config = load_model(checkpoint)
     trainer = read_trainer(checkpoint)
     trained = f"{config.run.name}, step {trainer['step']}"
-    return export_model(model, config.model, tokenizer_dir, out_dir, dtype, trained=trained)
+    return export_model(
+        model, config.model, tokenizer_dir, out_dir, dtype, trained=trained, row_length=config.data.seq_len
+    )
 
 
 def export_model(
@@ -55,13 +58,14 @@ def export_model(
     dtype: str = "float32",
     *,
     trained: str = "",
+    row_length: int | None = None,
     max_shard_size: str = "5GB",
 ) -> Path:
     """Writes `out_dir`, whole or not at all, and returns it. The model itself stays as it is.
 
     model: of `build_model(model_config)`. tokenizer_dir: as `titans-data tokenizer` writes it. dtype: of the weights, a key
-    of DTYPES. trained: what the model card says of the weights' origin. Weights larger than `max_shard_size` become
-    several files.
+    of DTYPES. trained: what the model card says of the weights' origin. row_length: tokens of a row in training, for tools that ask
+    (`max_position_embeddings`). Weights larger than `max_shard_size` become several files.
 
     Raises ValueError when `out_dir` holds anything but an earlier export, which is replaced; when the tokenizer has more
     tokens than the model; when a weight is not finite in `dtype`.
@@ -84,17 +88,18 @@ def export_model(
             f"{tokenizer_dir} has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}: it is not the "
             "tokenizer that the model was trained with"
         )
-    weights = {"model." + name: _cast(name, x, DTYPES[dtype]) for name, x in model.state_dict().items()}
+    weights = {exported_name(name): _cast(name, x, DTYPES[dtype]) for name, x in model.state_dict().items()}
     parameters = sum(x.numel() for x in weights.values())
     # how fast it runs is for the machine that loads it to say
     memory = dataclasses.replace(model_config.memory, backend="auto", checkpoint_every=None)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.filler_id}
     model_config = dataclasses.replace(model_config, memory=memory, attention_backend="auto")
-    config = TitansConfig.from_model_config(model_config, **ids)
+    lengths = {} if row_length is None else {"max_position_embeddings": row_length}
+    config = TitansConfig.from_model_config(model_config, **ids, **lengths)
     config.auto_map = AUTO_MAP
     config.dtype = DTYPES[dtype]
     with torch.device("meta"):
-        wrapper = TitansForCausalLM(config)
+        wrapper = TitansForCausalLM(config).to(DTYPES[dtype])  # whose dtype config.json tells
     wrapper.generation_config = GenerationConfig(**ids)
 
     with atomic_folder(out_dir.absolute()) as folder:
@@ -129,12 +134,18 @@ def check_target(out_dir: Path, dtype: str) -> None:
         raise ValueError(f"{out_dir} is an earlier export, but {others[0]} in it is not from there; give a new folder")
 
 
+def exported_name(name: str) -> str:
+    """Of a parameter of the model."""
+    return name if name.startswith("lm_head.") else "model." + name
+
+
 def _copy_tokenizer(tokenizer_dir: Path, folder: Path) -> None:
     for file in tokenizer_dir.iterdir():
         shutil.copyfile(file, folder / file.name)
     config = folder / "tokenizer_config.json"
-    # generate() takes the logits of the last column, where padding on the right would stand
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"padding_side": "left"}, indent=1))
+    # The library's Trainer counts every label but a row's first column: with padding on the left also the first tokens of rows,
+    # which nothing predicts, so that the loss would depend on how the rows were batched.
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"padding_side": "right"}, indent=1))
 
 
 def _cast(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -38,8 +38,8 @@ model's code, which is why it asks for `trust_remote_code=True`. Read the `.py` 
 
 {notes}- `cache` (`past_key_values` before transformers 5.24) is a state of bounded size unless attention is full. It can be kept
   between calls, but not cropped: assisted decoding is refused.
-- Rows of different length in a batch (left or right padding, by `attention_mask`) are run one after the other, because a
-  padding token must not be read. The results are exact; batches of equal length are faster.
+- Rows of different length in a batch (padding by `attention_mask`) and packed documents (by `position_ids`) give what each
+  would alone. For training pad on the right, as the tokenizer here does.
 - In bfloat16 or float16, the memory's state stays float32.
 """
 

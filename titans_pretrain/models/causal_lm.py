@@ -28,7 +28,61 @@ class CausalLMOutput:
     hidden_states: tuple[Tensor, ...] | None = None  # of embedding and layers, if asked for; the last one normalised
 
 
-class TitansForCausalLM(nn.Module):
+class Stack:
+    """How embedded tokens run through a model's `layers` and `norm`: of every module that has these, and a `config` and `recompute`."""
+
+    def read(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        state: ModelState | None = None,
+        seen: list[Tensor] | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """x [B, T, dim] -> the norm's output [B, T, dim], and the state after the last token. positions, state: as of
+        TitansForCausalLM.forward; seen: gets each layer's output."""
+        position = x.new_zeros(len(x), dtype=torch.int64) if state is None else state.position
+        absolute = positions
+        if absolute is None:
+            absolute = position[:, None] + torch.arange(x.shape[1], device=x.device)
+        if state is not None and state.ragged:
+            assert positions is None and x.shape[1] == 1  # check_inputs says it to users
+            positions = absolute  # how far back a row reaches
+        by = self.rotations(absolute, x.dtype)
+        x, states = self.run_layers(x, by, positions, state and state.layers, seen=seen)
+        ragged = state is not None and state.ragged
+        return self.norm(x), ModelState(states, positions_after(positions, position, x.shape[1]), ragged)
+
+    def rotations(self, positions: Tensor, dtype: torch.dtype) -> Rotations:
+        """What the layers turn queries and keys of these positions [B, T] by; dtype: of the activations."""
+        layers = (layer.config for layer in self.layers if layer is not None)
+        dims = (c.rotary_dim for c in layers if c.has_attention)
+        return rotations(positions, dims, self.config.rope_theta, torch.promote_types(dtype, torch.float32))
+
+    def run_layers(
+        self,
+        x: Tensor,
+        by: Rotations,
+        positions: Tensor | None,
+        states: Sequence[LayerState] | None = None,
+        layers: range | None = None,
+        seen: list[Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+        """The last layer's output [B, T, dim] and every layer's new state. states: of all layers of the model, before; layers:
+        which to run, None: all; seen: gets each layer's output."""
+        after = []
+        for i in layers or range(len(self.layers)):
+            arguments = (x, None if states is None else states[i], by, positions)
+            if self.recompute == "block" and torch.is_grad_enabled():
+                x, state = checkpoint(self.layers[i], *arguments, use_reentrant=False)
+            else:
+                x, state = self.layers[i](*arguments)
+            after.append(state)
+            if seen is not None:
+                seen.append(x)
+        return x, tuple(after)
+
+
+class TitansForCausalLM(Stack, nn.Module):
     """A part that is None, a layer among them, was taken away: another process has it, and runs it (parallel/stage.py)."""
 
     def __init__(self, config: ModelConfig):
@@ -72,16 +126,9 @@ class TitansForCausalLM(nn.Module):
         where documents start, a state after padding) on the CPU only: elsewhere looking would make the device wait.
         """
         check_inputs(self.config, tokens, labels, state, positions)
-        position = torch.zeros_like(tokens[:, 0]) if state is None else state.position
-        absolute = positions
-        if absolute is None:
-            absolute = position[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        x = embedded = self.embed_tokens(tokens)
-        by = self.rotations(absolute, x.dtype)
+        embedded = self.embed_tokens(tokens)
         seen: list[Tensor] | None = [] if output_hidden_states else None
-        x, states = self.run_layers(x, by, positions, state and state.layers, seen=seen)
-        after = ModelState(states, positions_after(positions, position, tokens.shape[1]))
-        hidden = self.norm(x)
+        hidden, after = self.read(embedded, positions, state, seen)
         hidden_states = None if seen is None else (embedded, *seen[:-1], hidden)
         if labels is None:
             logits = nn.functional.linear(hidden, self.head)
@@ -90,35 +137,6 @@ class TitansForCausalLM(nn.Module):
         if num_items_in_batch is None:
             num_items_in_batch = count.clamp(min=1)
         return CausalLMOutput(after, loss=total / num_items_in_batch, hidden_states=hidden_states)
-
-    def rotations(self, positions: Tensor, dtype: torch.dtype) -> Rotations:
-        """What the layers turn queries and keys of these positions [B, T] by; dtype: of the activations."""
-        layers = (layer.config for layer in self.layers if layer is not None)
-        dims = (c.rotary_dim for c in layers if c.has_attention)
-        return rotations(positions, dims, self.config.rope_theta, torch.promote_types(dtype, torch.float32))
-
-    def run_layers(
-        self,
-        x: Tensor,
-        by: Rotations,
-        positions: Tensor | None,
-        states: Sequence[LayerState] | None = None,
-        layers: range | None = None,
-        seen: list[Tensor] | None = None,
-    ) -> tuple[Tensor, tuple[LayerState, ...]]:
-        """The last layer's output [B, T, dim] and every layer's new state. states: of all layers of the model, before; layers:
-        which to run, None: all; seen: gets each layer's output."""
-        after = []
-        for i in layers or range(len(self.layers)):
-            arguments = (x, None if states is None else states[i], by, positions)
-            if self.recompute == "block" and torch.is_grad_enabled():
-                x, state = checkpoint(self.layers[i], *arguments, use_reentrant=False)
-            else:
-                x, state = self.layers[i](*arguments)
-            after.append(state)
-            if seen is not None:
-                seen.append(x)
-        return x, tuple(after)
 
     @property
     def head(self) -> Tensor:

@@ -20,6 +20,8 @@ def check_inputs(
             raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}; it must be int64 {tuple(tokens.shape)} as tokens")
     if state is not None and state.position.shape[0] != tokens.shape[0]:
         raise ValueError(f"the state is of a batch of {state.position.shape[0]}, tokens of {tokens.shape[0]}")
+    if state is not None and state.ragged and (positions is not None or tokens.shape[1] > 1):
+        raise ValueError("rows that have read different numbers of tokens take one token at a time, and no positions")
     check_values(c, tokens, positions, state)
 
 

@@ -10,6 +10,8 @@ sees h_j for j <= t, and reads the memory as it stands after its own write. With
 learned vectors instead, which every row may see.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,10 +56,12 @@ class MacBlock(Block):
         memory, segment = state.memory, state.segment
         if memory is None:
             memory = self.memory.opened(self.memory.initial(None), x.shape[0])
+        if segment is not None and segment.read is not None:
+            segment = self._next_of_rows(segment, memory)
         outputs, reads = [], []
         start = 0
         while start < x.shape[1]:
-            before = 0 if segment is None else segment.kv[0].shape[1]
+            before = 0 if segment is None or segment.kv is None else segment.kv[0].shape[1]
             stop = min(x.shape[1], start + self.segment - before)
             here = slice(start, stop)
             if segment is None:
@@ -69,14 +73,17 @@ class MacBlock(Block):
             )  # fmt: skip
             y = segment_attention(
                 queries[:, here], *spread(segment.kv), *(spread(segment.retrieved) or (None, None)),
-                persistent=persistent, context=spread(self._context(segment)), backend=self.attention.backend,
+                persistent=persistent, context=spread(self._context(segment)), lengths=segment.read,
+                backend=self.attention.backend,
             )  # fmt: skip
             y = self.attention.merge(y)
             written = None if positions is None else positions[:, here].contiguous()
             m, memory = self.memory(self.write_norm(y), memory, written)
             outputs.append(y)
             reads.append(m)
-            if segment.kv[0].shape[1] == self.segment:
+            if segment.read is not None:
+                segment = replace(segment, read=segment.read % self.segment)
+            elif segment.kv[0].shape[1] == self.segment:
                 segment = None
             start = stop
         return self.gate(torch.cat(outputs, 1), torch.cat(reads, 1)), LayerState(memory=memory, segment=segment)
@@ -89,19 +96,32 @@ class MacBlock(Block):
             weights = tuple(torch.where(first.view(-1, 1, 1, 1), f, w) for f, w in zip(fresh, weights, strict=True))
         return SegmentState(weights, None, None)
 
+    def _next_of_rows(self, segment: SegmentState, memory: MemoryLayerState) -> SegmentState:
+        """With one more token of each row counted, and a segment opened in those rows whose last one is full."""
+        opens = (segment.read == 0).view(-1, 1, 1, 1)
+        weights = tuple(torch.where(opens, m, w) for m, w in zip(memory.memory.weights, segment.weights, strict=True))
+        return SegmentState(
+            weights, _last(segment.kv, self.segment - 1), _last(segment.retrieved, self.segment - 1), segment.read + 1
+        )
+
     def _extend(self, segment, kv, retrieval, by) -> SegmentState:
         """The segment with more tokens: their keys and values, and those of what is retrieved for them."""
         retrieved = None
         if retrieval is not None:
             h = self.memory.retrieve(retrieval, segment.weights).to(kv[0].dtype)
             retrieved = _append(segment.retrieved, self.attention.keys_values(h, by))
-        return SegmentState(segment.weights, _append(segment.kv, kv), retrieved)
+        return SegmentState(segment.weights, _append(segment.kv, kv), retrieved, segment.read)
 
     def _context(self, segment: SegmentState) -> tuple[Tensor, Tensor] | None:
         if self.memory_queries is None:
             return None
         q = self.memory_queries.expand(segment.weights[0].shape[0], -1, -1, -1)
         return self.attention.positionless(self.memory.retrieve(q, segment.weights).to(self.memory_queries.dtype))
+
+
+def _last(kv: tuple[Tensor, Tensor] | None, count: int) -> tuple[Tensor, Tensor] | None:
+    """Keys and values [B, n, ...] of the last `count` tokens."""
+    return None if kv is None else tuple(x[:, max(x.shape[1] - count, 0) :] for x in kv)
 
 
 def _append(old: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_pretrain.config.model import MemoryConfig
-from titans_pretrain.kernels.memory_scan import MemoryState, memory_read, memory_scan, memory_step, telescope
+from titans_pretrain.kernels.memory_scan import (
+    MemoryState,
+    StepHistory,
+    memory_read,
+    memory_scan,
+    memory_step,
+    telescope,
+)
 from titans_pretrain.kernels.short_conv import causal_conv
 from titans_pretrain.models.linear import GateProjection, Projection, small_init
 from titans_pretrain.models.norm import RMSNorm
@@ -86,7 +93,8 @@ class MemoryLayer(nn.Module):
         positions: Tensor | None = None,
         persistent: Tensor | None = None,
     ) -> tuple[Tensor, MemoryLayerState]:
-        """state: from the call before; None starts a document. positions [B, T]: 0 starts a document, -1 is inert padding.
+        """state: from the call before; None starts a document. positions [B, T]: 0 starts a document, -1 is inert padding; in a state
+        whose rows stand at offsets of their own (models/rows.py) no document starts, and T = 1.
         persistent [P, dim]: tokens that every document's memory has read before its first one."""
         c = self.config
         start = self.initial(persistent, state)
@@ -94,13 +102,16 @@ class MemoryLayer(nn.Module):
             state = self.opened(start, x.shape[0])
         (q, k, v), (asked, said), conv = self._project(x, state.conv, positions, start.conv)
         forget, momentum, lr = self._gates(x, positions)
-        forget, momentum, lr, history = self._steps(forget, momentum, lr * said, k, v, state.history)
+        offset, steps = state.memory.offset, lr * said
+        forget, momentum, lr, history = self._steps(forget, momentum, steps, k, v, state.history)
+        if state.memory.ragged and c.step != "plain":
+            history = StepHistory.of_rows(state.history, k, steps, offset, c.chunk_size)
         options = dict(
             chunk_size=c.chunk_size, residual_norm=c.residual_norm, damping=c.damping, forget_to=c.forget_to, initial_state=start.memory,
             hidden_split=self.hidden_split,
         )  # fmt: skip
-        reset = None if positions is None else self._resets(positions, state.memory.offset)
-        if x.shape[1] == 1 and reset is None and not torch.is_grad_enabled():
+        reset = None if positions is None or state.memory.ragged else self._resets(positions, offset)
+        if x.shape[1] == 1 and reset is None and (state.memory.ragged or not torch.is_grad_enabled()):
             y, memory = memory_step(q, k, v, forget, momentum, lr, state.memory, backend=c.backend, **options)
         else:
             y, memory = memory_scan(

@@ -29,8 +29,11 @@ class SegmentState:
     """A half-read MAC segment of n tokens."""
 
     weights: tuple[Tensor, ...]  # the memory's at the segment's start: what retrieval reads
-    kv: tuple[Tensor, Tensor]  # keys and values of the tokens, each [B, n, kv_heads, head_dim]
+    kv: tuple[Tensor, Tensor] | None  # keys and values of the tokens, each [B, n, kv_heads, head_dim]
     retrieved: tuple[Tensor, Tensor] | None  # keys and values of the retrieved tokens, likewise
+    read: Tensor | None = (
+        None  # [B], of rows that stand at places of their own: how many of the n, at the end, are theirs
+    )
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class LayerState:
 class ModelState:
     layers: tuple[LayerState, ...]
     position: Tensor  # [B] int64: position of the next token in its document; 0: after padding
+    ragged: bool = False  # its rows have read different numbers of tokens (rows.py); it takes one token at a time
 
     def detach(self) -> "ModelState":
         """The same values without history: the next call's gradients stop here (truncated back-propagation)."""
@@ -64,7 +68,7 @@ class ModelState:
             bare = layer if layer.memory is None else replace(layer, memory=replace(layer.memory, initial=None))
             picked = map_tensors(pick, bare)
             layers.append(picked if kept is None else replace(picked, memory=replace(picked.memory, initial=kept)))
-        return ModelState(tuple(layers), pick(self.position))
+        return ModelState(tuple(layers), pick(self.position), self.ragged)
 
 
 def map_tensors(f: Callable[[Tensor], Tensor], value):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from titans_pretrain.checkpoint import check_checkpoint, checkpoints, find_checkpoint, latest_checkpoint
-from titans_pretrain.checkpoint.together import DamagedCheckpoint, rank
+from titans_pretrain.checkpoint.together import DamagedCheckpoint, rank, world
 from titans_pretrain.config import Config, changed_keys, load_config
 
 # These change how the model computes, not what: they may differ from the checkpoint's.
@@ -36,7 +36,7 @@ def find_start(config: Config) -> Start:
             )
         start = Start(_newest_whole(own))
     elif train.init_from is not None:
-        start = Start(find_checkpoint(train.init_from), weights_only=True, data=False)
+        start = Start(_initial_weights(Path(train.init_from), run_dir), weights_only=True, data=False)
     elif train.resume in ("auto", "never"):
         return Start(None)
     else:
@@ -44,6 +44,20 @@ def find_start(config: Config) -> Start:
     if own is None:
         check_checkpoint(start.checkpoint)
     return start._replace(changes=_changes(start, config))
+
+
+def _initial_weights(source: Path, run_dir: Path) -> Path:
+    """The checkpoint that train.init_from means; of an export it is made, once, in RUN/init_from."""
+    from titans_pretrain.hf.importing import is_export, write_checkpoint
+
+    if not is_export(source):
+        return find_checkpoint(source)
+    if world() > 1:  # every process would hold the whole model
+        raise ValueError(
+            f"train.init_from={source} is an export, which one process reads; for several make a run of it first: "
+            f"`titans-pretrain import {source} RUN`, then train.init_from=RUN"
+        )
+    return write_checkpoint(source, run_dir / "init_from")
 
 
 def _newest_whole(newest: Path) -> Path:

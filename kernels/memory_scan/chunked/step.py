@@ -1,5 +1,6 @@
 """One token for decoding, and reading without writing: plain operations, differentiable by autograd."""
 
+import torch
 from torch import Tensor
 
 from titans_pretrain.kernels.memory_scan.chunked.network import Network, inner_gradient, memory_network
@@ -35,5 +36,8 @@ def step(
         weights.append(w)
         surprise.append(s)
     offset = (state.offset + 1) % options.chunk_size
-    new = MemoryState(tuple(weights), tuple(surprise), tuple(anchor) if offset else None, offset)
+    if state.ragged:
+        opens = (offset == 0)[:, None, None, None]  # the next token opens a chunk
+        anchor = [torch.where(opens, w, a) for w, a in zip(weights, anchor, strict=True)]
+    new = MemoryState(tuple(weights), tuple(surprise), tuple(anchor) if state.ragged or offset else None, offset)
     return read(q, new, residual_norm=options.residual_norm, hidden_split=hidden_split), new

@@ -64,8 +64,10 @@ def refuses_scan(*, q: Tensor, options: ScanOptions, **rest) -> str | None:
     return refuses_read(q=q, **rest)
 
 
-def refuses_step(*, q: Tensor, **rest) -> str | None:
-    return refuses_read(q=q, **rest) or _refuses_gradient(q=q, **rest)
+def refuses_step(*, q: Tensor, state: MemoryState, **rest) -> str | None:
+    if state.ragged:
+        return "state: its rows stand at offsets of their own, and the kernel has one for all"
+    return refuses_read(q=q, state=state, **rest) or _refuses_gradient(q=q, state=state, **rest)
 
 
 def refuses_read(*, q: Tensor, state: MemoryState, hidden_split: HiddenSplit, **_) -> str | None:

@@ -47,3 +47,11 @@ def test_values_are_checked():
         TitansConfig(variant="mambo")
     with pytest.raises(ValueError, match="model.memory.chunk_size must be positive"):
         TitansConfig(memory={"chunk_size": 0})
+
+
+def test_usual_names_count_before_sizes_follow_from_them():
+    usual, ours = TitansConfig(hidden_size=128, num_hidden_layers=2), TitansConfig(dim=128, layers=2)
+    assert usual.model_config() == ours.model_config() == ModelConfig(dim=128, layers=2)
+    assert TitansConfig(tie_word_embeddings=False).tie_embeddings is False
+    with pytest.raises(ValueError, match="hidden_size is 128 and dim 64; they are one setting"):
+        TitansConfig(hidden_size=128, dim=64)

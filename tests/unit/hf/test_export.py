@@ -40,13 +40,16 @@ def contents(folder):
 
 
 def test_weights_config_and_card(model, tokenizer, tmp_path):
-    out = export_model(model, CONFIG, tokenizer, tmp_path / "a/b", trained="demo, step 3")
+    out = export_model(model, CONFIG, tokenizer, tmp_path / "a/b", trained="demo, step 3", row_length=64)
     weights = load_file(out / "model.safetensors")
     assert {"model." + name for name in model.state_dict()} == set(weights)
     assert all(torch.equal(weights["model." + name], x) for name, x in model.state_dict().items())
     config = json.loads((out / "config.json").read_text())
     assert config["variant"] == "mag" and config["dtype"] == "float32" and config["eos_token_id"] == 256
-    assert config["attention_backend"] == "auto"
+    assert config["attention_backend"] == "auto" and config["max_position_embeddings"] == 64
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    # or the loss of a Trainer's step would depend on how its rows are batched
+    assert json.loads((out / "tokenizer_config.json").read_text())["padding_side"] == "right"
     assert config["memory"]["backend"] == "auto" and config["memory"]["checkpoint_every"] is None
     assert json.loads((out / "generation_config.json").read_text())["pad_token_id"] == 258
     card = (out / "README.md").read_text()
@@ -66,6 +69,7 @@ def test_weights_in_bfloat16_and_in_several_files(model, tokenizer, tmp_path):
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 1 and (out / "model.safetensors.index.json").exists()
     weights = {name: x for file in files for name, x in load_file(file).items()}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     assert all(torch.equal(weights["model." + name], x.bfloat16()) for name, x in model.state_dict().items())
     assert all(x.dtype == torch.float32 for x in model.parameters())  # the model itself stays
 

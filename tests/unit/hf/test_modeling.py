@@ -10,6 +10,7 @@ from titans_pretrain.hf import modeling_titans
 from titans_pretrain.hf.cache_titans import TitansCache
 from titans_pretrain.hf.configuration_titans import CACHE_NAMES, TitansConfig
 from titans_pretrain.hf.modeling_titans import CACHE_NAME, TitansForCausalLM
+from titans_pretrain.models import build_model
 
 # What the library says of its own arguments: this model must give no cause. A user who says past_key_values to generate() does.
 pytestmark = [
@@ -44,6 +45,14 @@ def build(variant="mag", **changes):
     return model
 
 
+def native(model):
+    """The model as this package trains it, with the same parameters."""
+    core = build_model(model.config.model_config()).double().eval()
+    state = {name.removeprefix("model."): x for name, x in model.state_dict().items()}
+    core.load_state_dict({name: state[name] for name in core.state_dict()})
+    return core
+
+
 def tokens(*shape, seed=1):
     return torch.randint(PAD + 1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -67,16 +76,17 @@ def test_cached_decoding_equals_the_full_forward(variant, prompt):
     for t in range(prompt, ids.shape[1]):
         logits.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
     assert cache.get_seq_length() == ids.shape[1]
-    assert_close(torch.cat(logits, 1), model.model(ids).logits, **EXACT)
+    assert_close(torch.cat(logits, 1), native(model)(ids).logits, **EXACT)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_generate_is_greedy_search_over_full_forwards(variant):
     model, ids = build(variant), tokens(2, 7)
     out = model.generate(ids, **GREEDY)
+    core = native(model)
     with torch.no_grad():
         for _ in range(GREEDY["max_new_tokens"]):
-            ids = torch.cat((ids, model.model(ids).logits[:, -1:].argmax(-1)), 1)
+            ids = torch.cat((ids, core(ids).logits[:, -1:].argmax(-1)), 1)
     assert torch.equal(out, ids)
     assert len(out.unique()) > 4  # a model that repeats one token would hide much
 
@@ -99,12 +109,16 @@ def test_padding_is_not_read(side):
     ids, mask = padded(rows, side)
     out = model(ids, attention_mask=mask)
     for i, row in enumerate(rows):
-        assert torch.equal(out.logits[i, mask[i].bool()], model(row[None]).logits[0])
-        assert (out.logits[i, ~mask[i].bool()] == 0).all()
+        alone = model(row[None]).logits[0]
+        assert_close(out.logits[i, mask[i].bool()], alone, **EXACT)
+        # padding is not read: before it nothing, behind the tokens what the last of them said
+        assert_close(
+            out.logits[i, ~mask[i].bool()], (alone[-1] * (side == "right")).expand(ids.shape[1] - len(row), -1), **EXACT
+        )
     other = ids.masked_fill(mask == 0, 17)
     assert torch.equal(model(other, attention_mask=mask).logits, out.logits)
     last = model(ids, attention_mask=mask, logits_to_keep=1).logits
-    assert torch.equal(last, out.logits[:, -1:])
+    assert_close(last, out.logits[:, -1:], **EXACT)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -203,7 +217,7 @@ def test_loss_shifts_the_labels_and_leaves_padding_out():
     labels[:, 5] = -100
     targets = torch.cat((labels[:, 1:], torch.full((2, 1), -100)), 1)
     loss = model(ids, labels=labels).loss
-    expected = model.model(ids, labels=targets).loss
+    expected = native(model)(ids, labels=targets).loss
     # the library takes the cross-entropy in float32
     assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     assert_close(
@@ -287,7 +301,7 @@ class TestCache:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"inputs_embeds": torch.zeros(1, 4, 16)}, "reads input_ids"),
+        ({"inputs_embeds": torch.zeros(1, 4, 16)}, "reads input_ids or inputs_embeds; give one"),
         ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache"),
         ({"cache": DynamicCache()}, "cache is a DynamicCache"),
         ({"cache_params": TitansCache()}, "takes no cache_params"),
@@ -299,7 +313,14 @@ class TestCache:
             {"attention_mask": torch.ones(1, 6)},
             r"attention_mask is \(1, 6\); for 4 tokens after 0 that the cache has read",
         ),
-        ({"output_hidden_states": True}, "output_hidden_states is not supported"),
+        ({"output_attentions": True}, "output_attentions is not supported"),
+        ({"position_ids": torch.tensor([[0, 1, 3, 4]])}, "position_ids must count the tokens of each document"),
+        ({"position_ids": torch.tensor([[0, 1]])}, r"position_ids is \(1, 2\)"),
+        (
+            {"position_ids": torch.tensor([[0, 1, 0, 1]]), "use_cache": True},
+            "several documents in a row leave no state",
+        ),
+        ({"attention_mask": torch.zeros(1, 4)}, "there is no token to read"),
     ],
 )
 def test_what_is_not_supported_is_refused(arguments, message):
@@ -312,6 +333,8 @@ def test_what_the_library_adds_changes_nothing():
     model, ids = build(), tokens(1, 4)
     added = {"position_ids": torch.arange(9, 13)[None], "cache_position": torch.arange(4), "output_attentions": False}
     assert torch.equal(model(ids, **added, mems=None).logits, model(ids).logits)
+    packed = {"cu_seq_lens_q": torch.tensor([0, 4]), "max_length_q": 4}  # beside position_ids, which say the same
+    assert torch.equal(model(ids, **added, **packed).logits, model(ids).logits)
     assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
 
 
@@ -319,3 +342,180 @@ def test_assisted_decoding_is_refused():
     model = build()
     with pytest.raises(ValueError, match="assisted generation is not supported"):
         model.generate(tokens(1, 4), assistant_model=build("transformer"), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_packed_documents_are_read_as_each_alone(variant):
+    model, lengths = build(variant), (5, 8, 1, 13)
+    rows = [tokens(1, n, seed=n) for n in lengths]
+    ids = torch.cat((*rows, torch.full((1, 3), PAD)), 1)
+    position_ids = torch.cat([torch.arange(n) for n in (*lengths, 3)])[None]
+    mask = (torch.arange(ids.shape[1]) < sum(lengths)).long()[None]
+    two = torch.cat((ids, ids.flip(1)))  # beside a row of one document
+    both = torch.cat((position_ids, torch.arange(ids.shape[1])[None]))
+    out = model(two, attention_mask=torch.cat((mask, torch.ones_like(mask))), position_ids=both, labels=two)
+    alone = torch.cat([model(row).logits for row in rows], 1)
+    assert_close(out.logits[:1, : sum(lengths)], alone, **EXACT)
+    assert_close(out.logits[1:], model(two[1:]).logits, **EXACT)
+    losses = [model(row, labels=row).loss * (row.shape[1] - 1) for row in (*rows, two[1:]) if row.shape[1] > 1]
+    predicted = sum(n - 1 for n in (*lengths, two.shape[1]))
+    assert_close(out.loss, sum(losses) / predicted, rtol=1e-5, atol=0)
+    assert CACHE_NAME not in out  # there is no state of several documents
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_padded_batch_takes_few_calls(side, monkeypatch):
+    """One without a cache; with one, as many as there are lengths, and then one for each token of all rows."""
+    model, calls = build("mac"), []
+    ids, mask = padded([tokens(n, seed=n) for n in (9, 5, 9, 12)], side)
+    read = model.model.read
+    monkeypatch.setattr(model.model, "read", lambda x, *rest: calls.append(tuple(x.shape[:2])) or read(x, *rest))
+    plain = model(ids, attention_mask=mask, use_cache=False).logits
+    assert calls == [(4, 12)]
+    calls.clear()
+    out = model(ids, attention_mask=mask)
+    assert calls == [(4, 5), (3, 4), (1, 3)]
+    assert_close(out.logits, plain, **EXACT)
+    calls.clear()
+    model(tokens(4, 1), cache=out[CACHE_NAME])
+    assert calls == [(4, 1)]
+
+
+@torch.no_grad()
+def test_rows_padded_on_the_right_generate_as_well():
+    model = build()
+    ids, right = padded([tokens(n, seed=n) for n in (5, 11, 2)], "right")
+    left_ids, left = padded([tokens(n, seed=n) for n in (5, 11, 2)])
+    said = model.generate(ids, attention_mask=right, **GREEDY)[:, ids.shape[1] :]
+    assert torch.equal(said, model.generate(left_ids, attention_mask=left, **GREEDY)[:, ids.shape[1] :])
+
+
+@torch.no_grad()
+def test_a_second_turn_behind_rows_of_unequal_length():
+    model, (first, second) = build("mac"), ((9, 5, 12), (3, 6, 1))
+    texts = [tokens(n + m, seed=n) for n, m in zip(first, second)]
+    ids, mask = padded([text[:n] for text, n in zip(texts, first)])
+    cache = TitansCache()
+    model(ids, attention_mask=mask, cache=cache)
+    more, also = padded([text[n:] for text, n in zip(texts, first)])
+    logits = model(more, attention_mask=also, cache=cache).logits
+    for i, (text, n) in enumerate(zip(texts, first)):
+        assert_close(logits[i, also[i].bool()], model(text[None]).logits[0, n:], **EXACT)
+
+
+@pytest.mark.parametrize("pad", [False, True], ids=["equal", "padded"])
+@torch.no_grad()
+def test_hidden_states_and_embeddings_instead_of_tokens(pad):
+    model = build()
+    ids, mask = padded([tokens(9, seed=1), tokens(6 if pad else 9, seed=2)])
+    out = model(ids, attention_mask=mask, output_hidden_states=True)
+    expected = native(model)(ids[:1], output_hidden_states=True).hidden_states
+    assert len(out.hidden_states) == len(expected) == 3
+    for found, right in zip(out.hidden_states, expected):
+        assert_close(found[:1], right, **EXACT)
+    backbone = model.model(ids, attention_mask=mask).last_hidden_state
+    assert_close(backbone, out.hidden_states[-1], **EXACT)
+    assert_close(model.lm_head(backbone), out.logits, **EXACT)
+    embeds = model.get_input_embeddings()(ids)
+    assert_close(model(inputs_embeds=embeds, attention_mask=mask).logits, out.logits, **EXACT)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "beams"])
+@pytest.mark.parametrize("pad", [False, True], ids=["equal", "padded"])
+@torch.no_grad()
+def test_generate_against_a_plain_loop(kind, pad):
+    """Scores of the best continuations, row by row over full forwards of the model itself."""
+    model, beams, new = build(), 1 if kind == "greedy" else 3, 5
+    core = native(model)
+    rows = [tokens(9, seed=1), tokens(6 if pad else 9, seed=2)]
+    ids, mask = padded(rows)
+    options = {**GREEDY, "max_new_tokens": new, "min_new_tokens": new, "attention_mask": mask}
+    out = model.generate(ids, num_beams=beams, **options)
+    for i, row in enumerate(rows):
+        found = [(0.0, row)]
+        for _ in range(new):
+            scores = [(s + core(x[None]).logits[0, -1].log_softmax(0), x) for s, x in found]
+            longer = [(float(v), torch.cat((x, t[None]))) for s, x in scores for v, t in zip(*s.topk(beams))]
+            found = sorted(longer, key=lambda pair: -pair[0])[:beams]
+        assert torch.equal(out[i, ids.shape[1] :], found[0][1][len(row) :])
+
+
+def test_checkpointing_gives_the_same_gradients():
+    ids, mask = padded([tokens(9, seed=1), tokens(6, seed=2)])
+    gradients = []
+    for enable in (False, True):
+        model = build("mac").train()
+        if enable:
+            later = getattr(model, "activation_checkpointing_enable", None)  # the name from transformers 5.24 on
+            (later or model.gradient_checkpointing_enable)({"use_reentrant": True})
+            assert model.model.recompute == "block" and model.eval().model.recompute == "none"
+        model.train()(ids, attention_mask=mask, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert_close(*gradients, **EXACT)
+
+
+def test_missing_weights_start_as_in_pretraining(tmp_path):
+    model = build(persistent_tokens=3).float()
+    model.save_pretrained(tmp_path)
+    missing = {
+        "model.layers.0.memory.weights.0",
+        "model.layers.0.memory.q_conv",
+        "model.layers.1.persistent",
+        "model.layers.1.mlp.down_proj.weight",
+    }
+    from safetensors.torch import load_file, save_file
+
+    weights = {n: x.clone() for n, x in load_file(tmp_path / "model.safetensors").items()}  # the file is written over
+    save_file({n: x for n, x in weights.items() if n not in missing}, tmp_path / "model.safetensors", {"format": "pt"})
+    read, info = TitansForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=False, output_loading_info=True)
+    assert set(info["missing_keys"]) == missing | {"lm_head.weight"}
+    found = dict(read.named_parameters())
+    assert all(torch.equal(found[n], x) for n, x in weights.items() if n not in missing)
+    std, layers = model.config.init_std, model.config.layers
+    expected = {
+        "model.layers.0.memory.weights.0": 1.0, "model.layers.0.memory.q_conv": 0.5, "model.layers.1.persistent": 1.0,
+        "model.layers.1.mlp.down_proj.weight": std / (2 * layers) ** 0.5, "lm_head.weight": std,
+    }  # fmt: skip
+    for name, right in expected.items():
+        assert 0.6 * right < found[name].std() < 1.5 * right, name
+    read = TitansForCausalLM.from_pretrained(tmp_path, vocab_size=VOCAB + 9, ignore_mismatched_sizes=True)
+    assert 0.8 * std < read.get_input_embeddings().weight.std() < 1.2 * std
+    assert read.get_input_embeddings().weight.data_ptr() == read.get_output_embeddings().weight.data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["static", "quantized"])
+def test_another_kind_of_cache_is_refused(kind):
+    with pytest.raises(ValueError, match=f"cache_implementation='{kind}' is a kind of key/value cache"):
+        build().generate(tokens(1, 4), cache_implementation=kind, max_new_tokens=3)
+
+
+@torch.no_grad()
+def test_a_text_is_read_once_and_asked_about_later(tmp_path):
+    model, book, questions = build("mac"), tokens(1, 21), [tokens(n, seed=n) for n in (4, 7, 2)]
+    cache = TitansCache()
+    model(book, cache=cache)
+    cache.save(tmp_path / "book.state", model)
+    ids, mask = padded(questions)
+    loaded = TitansCache.load(tmp_path / "book.state", build("mac"), rows=3)
+    said = model.generate(ids, attention_mask=mask, **{CACHE_NAME: loaded}, **GREEDY)
+    for row, question in zip(said, questions):
+        whole = torch.cat((book[0], question))[None]
+        assert torch.equal(row[ids.shape[1] :], model.generate(whole, **GREEDY)[0, whole.shape[1] :])
+    with pytest.raises(ValueError, match="was read by another model"):
+        TitansCache.load(tmp_path / "book.state", build("mac", rope_theta=5.0))
+    with pytest.raises(ValueError, match="there is no state to save"):
+        TitansCache().save(tmp_path / "none.state", model)
+
+
+@torch.no_grad()
+def test_autocast_reads_padding_too():
+    model = build().float()
+    ids, mask = padded([tokens(9, seed=1), tokens(6, seed=2)])
+    exact = model(ids, attention_mask=mask, labels=ids).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        for use_cache in (False, True):
+            assert_close(
+                model(ids, attention_mask=mask, labels=ids, use_cache=use_cache).loss, exact, rtol=0.05, atol=0
+            )
