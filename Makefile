@@ -43,7 +43,12 @@ test: install test-oldest  ## all that matters, without a GPU
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) TESTED_WITH=requirements-oldest.txt $(PYTEST) -m "not slow" $(OLDEST_TESTS)
 
-test-all: install test-oldest
+# Of the extras, which only slow tests run: trl, peft, accelerate, lm-eval.
+$(VENV)/.installed-extras: $(STAMP)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev,downstream,evaluation]'
+	@touch $@
+
+test-all: $(VENV)/.installed-extras test-oldest
 	TESTED_WITH=constraints.txt $(PYTEST)
 
 check: install types

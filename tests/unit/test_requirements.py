@@ -10,7 +10,15 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-NOT_INSTALLED = {"flash-attn", "wandb", "lm-eval", "datasets"}  # of extras that the tests go without
+NOT_INSTALLED = {
+    "flash-attn",
+    "wandb",
+    "lm-eval",
+    "datasets",
+    "accelerate",
+    "peft",
+    "trl",
+}  # of extras that the tests go without
 # Reached through interfaces that are private, or that new versions rename and change.
 CHANGING = {"torch", "transformers", "tokenizers", "deepspeed", "megatron-core", "webdataset", "pydantic", "omegaconf"}
 

@@ -33,7 +33,9 @@ def status(run_dir: str) -> str:
 
 
 def _progress(lines: list[dict], steps: int) -> str:
-    recent = [line for line in lines if math.isfinite(line.get("loss", math.nan))][-RECENT:]  # not those of skipped steps
+    recent = [line for line in lines if math.isfinite(line.get("loss", math.nan))][
+        -RECENT:
+    ]  # not those of skipped steps
     if not recent:
         return f"no step yet of {steps:,}"
     first, last = recent[0], recent[-1]

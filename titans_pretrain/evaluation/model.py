@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from titans_pretrain.checkpoint import find_checkpoint, find_tokenizer, load_model
 from titans_pretrain.checkpoint.checksums import SUMS
 from titans_pretrain.data_prep.tokenizer import Tokenizer, load_tokenizer
+from titans_pretrain.hf.importing import is_export, load_export
 from titans_pretrain.models.state import ModelState
 from titans_pretrain.training.engine import compute_dtype, pick_device
 
@@ -134,16 +135,10 @@ class LanguageModel:
 def open_model(path: str | Path, device: str = "auto", precision: str = "fp32") -> LanguageModel:
     """The model of a run, checkpoint or exported folder."""
     if is_export(path):
-        from titans_pretrain.hf.modeling_titans import TitansForCausalLM
-
-        model, folder = TitansForCausalLM.from_pretrained(path).model, lambda: Path(path)
+        model, folder = load_export(path, dtype=None)[0], lambda: Path(path)
     else:
         model, folder = load_model(path)[0], lambda: find_tokenizer(path)
     return LanguageModel(model.to(pick_device(device)), folder, precision)
-
-
-def is_export(path: str | Path) -> bool:
-    return (Path(path) / "config.json").is_file()
 
 
 def fingerprint(path: str | Path) -> str:

@@ -23,9 +23,10 @@ from titans_pretrain.checkpoint.store import make_folder, write_text
 from titans_pretrain.checkpoint.together import from_all, rank, world
 from titans_pretrain.config import load_config, load_run_config, refuse_commands
 from titans_pretrain.evaluation.item_log import ItemLog
-from titans_pretrain.evaluation.model import LanguageModel, fingerprint, is_export, open_model
+from titans_pretrain.evaluation.model import LanguageModel, fingerprint, open_model
 from titans_pretrain.evaluation.tasks import Item, Task, build_options, parse_tasks, split_overrides, task_class
 from titans_pretrain.evaluation.texts import Texts
+from titans_pretrain.hf.importing import is_export
 from titans_pretrain.parallel.launch import launched_world, leave_processes, start_processes
 from titans_pretrain.parallel.watchdog import Watchdog
 
