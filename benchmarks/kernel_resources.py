@@ -20,15 +20,22 @@ SHARED = 227 * 1024  # bytes that a program can have on sm_90
 
 @dataclass(frozen=True)
 class Shape:
-    """depth, head size, rows of the last matrix by head size, chunk."""
+    """depth, head size, rows of the last matrix by head size, chunk; the dtype of q, k and v; gates, one or one for each layer.
+
+    plain: without what the fullest programs have, residual_norm, forgetting to the initial weights and resets
+    """
 
     depth: int
     dim: int
     expansion: int
     chunk: int
+    dtype: str = "bf16"
+    gates: int = 1
+    plain: bool = False
 
     def __str__(self) -> str:
-        return f"{self.depth}-{self.dim}-{self.expansion}-{self.chunk}"
+        name = f"{self.depth}-{self.dim}-{self.expansion}-{self.chunk}"
+        return name + f"-{self.dtype}" * (self.dtype != "bf16") + "-gates" * (self.gates > 1) + "-plain" * self.plain
 
 
 SHAPES = [
@@ -37,35 +44,60 @@ SHAPES = [
     *(Shape(2, 64, expansion, chunk) for expansion, chunk in ((1, 64), (4, 16), (4, 64))),
     Shape(2, 128, 4, 64),
 ]
+# What else a user may run: any two of the values of a kernel's constants stand together in some row, where a call can have both.
+OTHERS = [
+    Shape(1, 64, 1, 32, "fp32"),
+    Shape(1, 64, 1, 128, "fp16", plain=True),
+    Shape(1, 128, 1, 16, "fp32"),
+    Shape(1, 128, 1, 128, "fp16"),
+    Shape(2, 64, 1, 16, "fp32", 2),
+    Shape(2, 64, 2, 32, "fp16", 2),
+    Shape(2, 64, 4, 128, "fp32"),
+    Shape(2, 64, 4, 32, "bf16", 2, plain=True),
+    Shape(2, 128, 1, 32, "fp16"),
+    Shape(2, 128, 2, 16, "bf16", 2),
+    Shape(2, 128, 4, 128, "fp32", 2),
+]
 
 
 def launches(shape: Shape) -> list:
-    """Every kernel of a call of the scan, forward and backward, each once: of those that differ in what they leave out, the fullest."""
+    """Every kernel of a call of the scan, forward and backward, of a step and of a read, each once: of those that differ in what they
+    leave out, the fullest."""
     import torch
 
     from benchmarks.compiled import recorded
     from titans_pretrain.kernels.memory_scan.chunked.walk import States
+    from titans_pretrain.kernels.memory_scan.triton import step
     from titans_pretrain.kernels.memory_scan.triton.backward import backward
     from titans_pretrain.kernels.memory_scan.triton.call import Call, Tokens
     from titans_pretrain.kernels.memory_scan.triton.forward import forward
 
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[shape.dtype]
+
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device="meta")
 
+    def tokens(count: int) -> Tokens:
+        qkv = (empty(1, count, 1, shape.dim, dtype=dtype) for _ in range(3))
+        return Tokens(*qkv, *(empty(1, count, 1, shape.gates) for _ in range(3)))
+
+    full = not shape.plain
     dim, hidden = shape.dim, shape.dim * shape.expansion
-    place = (1, 2 * shape.chunk, 1)  # B, T, H
-    x = Tokens(*(empty(*place, dim, dtype=torch.bfloat16) for _ in range(3)), *(empty(*place, 1) for _ in range(3)))
     weights = tuple(empty(1, 1, *size) for size in [(dim, hidden), (hidden, dim)][-shape.depth :])
-    states = States(weights, weights, None, weights, weights)
-    call = Call.of(x, weights, 0, shape.chunk, True, 1.0, True, True, None)
-    reset = empty(1, call.chunks, dtype=torch.bool)
+    states = States(weights, weights, None, *((weights, weights) if full else (None, None)))
+    x = tokens(2 * shape.chunk)
+    call = Call.of(x, weights, 0, shape.chunk, full, float(full), full, full, None)
+    reset = empty(1, call.chunks, dtype=torch.bool) if full else None
     with recorded() as found:
         results = forward(call, x, states, reset, True)
         backward(call, x, states, reset, results, x.q, States(weights, weights, None, None, None))
+        step.step(tokens(1), weights, weights, weights, weights if full else (), full, float(full))
+        for count in (1, 64):
+            step.read(tokens(count).q, weights, full)
     fullest = {}
     for launch in found:
         known = launch.constants[-1] if launch.name == "walk" else None  # with the deltas known it is another program
-        key = launch.name + ("_again" if known else "")
+        key = {"walk": "walk" + "_again" * bool(known), "network": f"network_{launch.constant('BT')}"}.get(launch.name, launch.name)
         if key not in fullest or sum(launch.constants) > sum(fullest[key].constants):
             fullest[key] = launch
     return list(fullest.items())

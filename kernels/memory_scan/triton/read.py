@@ -45,15 +45,14 @@ def read_kernel(
     state = moved(kept, (n.to(tl.int64) * (tiles + 1) + 1 + in_group) * (D * F))
     goal = n.to(tl.int64) * (D * F)
 
-    queries = load_tokens(q, n, start, tokens, heads, 0, BT, D, D)
+    queries = load_tokens(q, n, start, tokens, heads, 0, BT, D, D).to(dt)
     keys = load_tokens(k, n, start, tokens, heads, 0, BT, D, D).to(dt)
     e = load_tokens(e_in, n, start, tokens, 1, 0, BT, D, D).to(dt)
-    overlap = dot(queries.to(dt), tl.trans(keys))
+    overlap = dot(queries, tl.trans(keys))
     beta, f = load_read(read, place, BT)
     if DEPTH == 2:
         beta1, f1 = load_read(read, place - (GATES - 1) * tiles, BT)
         masked = (-load_mask(masks, place - (GATES - 1) * tiles, BT) * overlap).to(dt)
-        kept_queries, fed_queries = (beta1[:, None] * queries).to(dt), (f1[:, None] * queries).to(dt)
         overlap = tl.zeros([BT, BT], tl.float32)  # of the last layer's inputs: summed below
     y = tl.zeros([BT, D], tl.float32)
     for j in range(0, F // BH):
@@ -64,9 +63,10 @@ def read_kernel(
             )
             a, slope = gelu_and_slope(dot(keys, a1))
             e1 = (dot(e, tl.trans(a2)) * slope).to(dt)
-            x = dot(fed_queries, tl.load(state[1] + at1), dot(kept_queries, tl.load(state[0] + at1)))
+            x = beta1[:, None] * dot(queries, tl.load(state[0] + at1))
+            x += f1[:, None] * dot(queries, tl.load(state[1] + at1))
             if TO_INITIAL:
-                x = dot(queries.to(dt), tl.load(towards[0] + goal + at1), x)
+                x = dot(queries, tl.load(towards[0] + goal + at1), x)
             x = gelu(dot(masked, e1, x))
             overlap = dot(x.to(dt), tl.trans(a.to(dt)), overlap)
         else:
@@ -75,9 +75,10 @@ def read_kernel(
         y = dot((f[:, None] * x).to(dt), tl.load(state[3] + at2), y)
         if TO_INITIAL:
             y = dot(x.to(dt), tl.load(towards[1] + goal + at2), y)
+    tl.debug_barrier()  # what was loaded is loaded again, rather than kept in registers meanwhile
     y = dot((-load_mask(masks, place, BT) * overlap).to(dt), e, y)
     if NORM:
-        y = queries + layer_norm(y, D)[0]
+        y = load_tokens(q, n, start, tokens, heads, 0, BT, D, D) + layer_norm(y, D)[0]
     store_tokens(y_out, y, n, start, tokens, heads, 0, BT, D, D)
 
 
