@@ -46,12 +46,6 @@ def tables_kernel(
     decay_to_end = tl.sum(tl.where(at_end[:, None], forget_decay, 0.0), 0)
 
     place = tl.program_id(0).to(tl.int64)
-    tl.store(read + place * BT * 2 + row * 2, beta)
-    tl.store(read + place * BT * 2 + row * 2 + 1, f)
-    tl.store(carry + place * 4, tl.sum(tl.where(at_end, beta, 0.0), 0))
-    tl.store(carry + place * 4 + 1, tl.sum(tl.where(at_end, f, 0.0), 0))
-    tl.store(carry + place * 4 + 2, tl.sum(tl.where(at_end, m, 0.0), 0))
-    tl.store(carry + place * 4 + 3, 0.0)
     COLUMNS: tl.constexpr = 16  # at a time: so that a thread's registers suffice
     for first_column in tl.range(0, BT, COLUMNS, num_stages=1, disable_licm=True):
         column = first_column + tl.arange(0, COLUMNS)
@@ -66,6 +60,12 @@ def tables_kernel(
         # The last rows drive the state: sums in float32, not products on tensor cores.
         tl.store(last + place * BT * 2 + column * 2, tl.sum(decay_to_end[:, None] * added, 0))
         tl.store(last + place * BT * 2 + column * 2 + 1, tl.sum(tl.where(at_end[:, None], N, 0.0), 0))
+    tl.store(read + place * BT * 2 + row * 2, beta)
+    tl.store(read + place * BT * 2 + row * 2 + 1, f)
+    tl.store(carry + place * 4, tl.sum(tl.where(at_end, beta, 0.0), 0))
+    tl.store(carry + place * 4 + 1, tl.sum(tl.where(at_end, f, 0.0), 0))
+    tl.store(carry + place * 4 + 2, tl.sum(tl.where(at_end, m, 0.0), 0))
+    tl.store(carry + place * 4 + 3, 0.0)
 
 
 def tables(call: Call, group: Group, x: Tokens) -> Tables:
