@@ -29,6 +29,8 @@ def scan(s: Session) -> None:
     for i, ((depth, expansion), chunk, (batch, tokens)) in enumerate(dict.fromkeys(first + rest)):
         row = dict(depth=depth, expansion=expansion, chunk=chunk, batch=batch, tokens=tokens)
         s.point(measure, test="scan", side="ours", **row)
+        if i < len(shapes[:2]):
+            s.point(measure, test="scan", side="ours, in a graph", **row)
         if i == len(first) - 1:  # what the bars need, before the rest of the table
             for c in CHUNKS[:2]:
                 s.point(
@@ -113,6 +115,28 @@ def ours(s, dtype, top, **row) -> dict:
     return _scan(s, dtype, top, **row, backend="auto")
 
 
+def in_a_graph(s, dtype, top, *, batch, tokens, heads, **row) -> dict:
+    """Forward and backward captured once, then replayed: against "ours" it says what the launches of a tile each cost the host."""
+    if s.device.type != "cuda":
+        return {"skipped": "for GPUs"}
+    call, leaves = scan_call(s.device, batch=batch, tokens=tokens, heads=heads, dtype=dtype, **row)
+    weight = torch.randn(batch, tokens, heads, HEAD, device=s.device).to(dtype)
+
+    def both():
+        return torch.autograd.grad(call()[0], list(leaves.values()), weight)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is made once is made here
+        both()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        both()
+    seconds, _ = seconds_of(graph.replay, s.device, 0.8)
+    return {"both_seconds": seconds, "both_tokens_per_second": batch * tokens / seconds}
+
+
 def eager(s, dtype, top, **row) -> dict:
     return _scan(s, dtype, top, **row, backend="chunked")
 
@@ -177,6 +201,7 @@ def fla_gated_delta(s, dtype, top, *, batch, tokens, heads, depth, expansion, ch
 
 SIDES = {
     "ours": ours,
+    "ours, in a graph": in_a_graph,
     "chunked, eager": eager,
     "our layer": our_layer,
     "titans-pytorch": titans_pytorch,

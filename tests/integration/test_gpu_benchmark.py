@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.gpu import __main__ as entry
 from benchmarks.gpu import harness, proof, report, step
 from titans_pretrain.config import load_config
 
@@ -106,6 +108,26 @@ def test_bars_are_held_not_held_or_not_measured():
     assert "scan, chunk 64: 1 x 32K over 8 x 4K, per token" in missing and "first step, cold" in missing
     text = report.markdown(points, {"card": "H100", "date": "today", "command": "c"}, quick=False)
     assert "NOT HELD" in text and "not measured" in text and "out of memory" in text
+
+
+def test_what_is_missing_is_installed_from_files(tmp_path, monkeypatch):
+    """A stand-in for a package of a name that is not installed here, and one that is not among the files."""
+    about = "stand_in_of_a_peer-1.0.dist-info"
+    files = {
+        "stand_in/__init__.py": "here = True\n",
+        f"{about}/METADATA": "Metadata-Version: 2.1\nName: stand-in-of-a-peer\nVersion: 1.0\nRequires-Dist: not-among-the-files\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{about}/RECORD"] = "".join(f"{name},,\n" for name in (*files, f"{about}/RECORD"))
+    with zipfile.ZipFile(tmp_path / "stand_in_of_a_peer-1.0-py3-none-any.whl", "w") as wheel:
+        for name, text in files.items():
+            wheel.writestr(name, text)
+    monkeypatch.setattr(entry, "PACKAGES", ("torch", "stand-in-of-a-peer", "not-among-the-files"))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert entry.install(tmp_path, tmp_path / "site", environment) == "stand-in-of-a-peer (alone)"
+    subprocess.run(
+        [sys.executable, "-c", "import stand_in, titans_pretrain; assert stand_in.here"], env=environment, check=True
+    )
 
 
 def test_a_part_whose_time_is_over_is_named(tmp_path):

@@ -37,7 +37,7 @@ ROWS: dict[tuple[int, int], Row] = {
     (1, 16): _TINY,
     (1, 32): _TINY,
     (1, 64): _row(Kernel(64, 8, 1), Kernel(64, 4, 1), Kernel(64, 4, 1), Kernel(64, 8, 1), Kernel(64, 4, 1)),
-    (1, 128): _row(Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(64, 4, 1)),
+    (1, 128): _row(Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(32, 4, 1)),
     (2, 16): _TINY,
     (2, 32): _TINY,
     (2, 64): _row(Kernel(64, 8, 1), Kernel(32, 4, 1), Kernel(32, 4, 1), Kernel(64, 4, 1), Kernel(64, 8, 1)),

@@ -54,19 +54,24 @@ def moved(x, offset):
 
 
 @triton.jit
+def anchored(kept, towards, TO_INITIAL: tl.constexpr):
+    """One matrix of an anchor, for products: as it is kept, or, where that is V, with W_init added. Pointers to its elements."""
+    w = tl.load(kept)
+    if TO_INITIAL:
+        w = (w.to(tl.float32) + tl.load(towards).to(tl.float32)).to(w.dtype)
+    return w
+
+
+@triton.jit
 def load_anchor(
     tile, n, at1, at2, kept, towards, offset, group_first, tiles, DEPTH: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     CHUNK: tl.constexpr, BT: tl.constexpr, TO_INITIAL: tl.constexpr,
 ):  # fmt: skip
     """W1 and the last W at the start of the tile's chunk, at these offsets, for products. kept: as call.py's Given.states."""
     slot = anchor_slot(tile, group_first, offset, CHUNK, BT)
-    place = (n.to(tl.int64) * (tiles + 1) + slot) * (D * F)
-    a2 = tl.load(kept[2] + place + at2)
-    if TO_INITIAL:
-        a2 = (a2.to(tl.float32) + tl.load(towards[1] + n.to(tl.int64) * (D * F) + at2).to(tl.float32)).to(a2.dtype)
+    place, goal = (n.to(tl.int64) * (tiles + 1) + slot) * (D * F), n.to(tl.int64) * (D * F)
+    a2 = anchored(kept[2] + place + at2, towards[1] + goal + at2, TO_INITIAL)
     a1 = a2
     if DEPTH == 2:
-        a1 = tl.load(kept[0] + place + at1)
-        if TO_INITIAL:
-            a1 = (a1.to(tl.float32) + tl.load(towards[0] + n.to(tl.int64) * (D * F) + at1).to(tl.float32)).to(a1.dtype)
+        a1 = anchored(kept[0] + place + at1, towards[0] + goal + at1, TO_INITIAL)
     return a1, a2

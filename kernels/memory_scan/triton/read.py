@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titans_pretrain.kernels.memory_scan.triton.blocks import anchor_slot
 from titans_pretrain.kernels.memory_scan.triton.call import Call, Given, Group, Tables, Tokens
-from titans_pretrain.kernels.memory_scan.triton.matrices import first_matrix, last_matrix, load_anchor, moved
+from titans_pretrain.kernels.memory_scan.triton.matrices import anchored, first_matrix, last_matrix, moved
 from titans_pretrain.kernels.memory_scan.triton.tile import (
     dot,
     gelu,
@@ -43,41 +44,42 @@ def read_kernel(
     dt = e_in.dtype.element_ty
     place = (n.to(tl.int64) * GATES + GATES - 1) * tiles + in_group
     state = moved(kept, (n.to(tl.int64) * (tiles + 1) + 1 + in_group) * (D * F))
+    anchor = (n.to(tl.int64) * (tiles + 1) + anchor_slot(tile, group_first, offset, CHUNK, BT)) * (D * F)
     goal = n.to(tl.int64) * (D * F)
 
-    queries = load_tokens(q, n, start, tokens, heads, 0, BT, D, D)
+    queries = load_tokens(q, n, start, tokens, heads, 0, BT, D, D).to(dt)
     keys = load_tokens(k, n, start, tokens, heads, 0, BT, D, D).to(dt)
     e = load_tokens(e_in, n, start, tokens, 1, 0, BT, D, D).to(dt)
-    overlap = dot(queries.to(dt), tl.trans(keys))
+    overlap = dot(queries, tl.trans(keys))
     beta, f = load_read(read, place, BT)
     if DEPTH == 2:
         beta1, f1 = load_read(read, place - (GATES - 1) * tiles, BT)
         masked = (-load_mask(masks, place - (GATES - 1) * tiles, BT) * overlap).to(dt)
-        kept_queries, fed_queries = (beta1[:, None] * queries).to(dt), (f1[:, None] * queries).to(dt)
         overlap = tl.zeros([BT, BT], tl.float32)  # of the last layer's inputs: summed below
     y = tl.zeros([BT, D], tl.float32)
-    for j in range(0, F // BH):
+    for j in tl.range(0, F // BH, num_stages=1, disable_licm=True):
         at1, at2 = first_matrix(j, D, F, BH), last_matrix(j, D, BH)
         if DEPTH == 2:
-            a1, a2 = load_anchor(
-                tile, n, at1, at2, kept, towards, offset, group_first, tiles, DEPTH, D, F, CHUNK, BT, TO_INITIAL
-            )
-            a, slope = gelu_and_slope(dot(keys, a1))
+            a, slope = gelu_and_slope(dot(keys, anchored(kept[0] + anchor + at1, towards[0] + goal + at1, TO_INITIAL)))
+            a2 = anchored(kept[2] + anchor + at2, towards[1] + goal + at2, TO_INITIAL)
             e1 = (dot(e, tl.trans(a2)) * slope).to(dt)
-            x = dot(fed_queries, tl.load(state[1] + at1), dot(kept_queries, tl.load(state[0] + at1)))
+            x = beta1[:, None] * dot(queries, tl.load(state[0] + at1))
+            x += f1[:, None] * dot(queries, tl.load(state[1] + at1))
             if TO_INITIAL:
-                x = dot(queries.to(dt), tl.load(towards[0] + goal + at1), x)
+                x = dot(queries, tl.load(towards[0] + goal + at1), x)
             x = gelu(dot(masked, e1, x))
             overlap = dot(x.to(dt), tl.trans(a.to(dt)), overlap)
         else:
             x = load_tokens(q, n, start, tokens, heads, j * BH, BT, BH, D)
+        tl.debug_barrier()
         y = dot((beta[:, None] * x).to(dt), tl.load(state[2] + at2), y)
         y = dot((f[:, None] * x).to(dt), tl.load(state[3] + at2), y)
         if TO_INITIAL:
             y = dot(x.to(dt), tl.load(towards[1] + goal + at2), y)
+    tl.debug_barrier()  # what was loaded is loaded again, rather than kept in registers meanwhile
     y = dot((-load_mask(masks, place, BT) * overlap).to(dt), e, y)
     if NORM:
-        y = queries + layer_norm(y, D)[0]
+        y = load_tokens(q, n, start, tokens, heads, 0, BT, D, D) + layer_norm(y, D)[0]
     store_tokens(y_out, y, n, start, tokens, heads, 0, BT, D, D)
 
 

@@ -61,7 +61,7 @@ def last_layer_kernel(
         store_block(masked1, masked, square, 0, BT, BT, BT)
     z = tl.zeros([BT, D], tl.float32)
     overlap = tl.zeros([BT, BT], tl.float32)
-    for column in range(0, F, BH):
+    for column in tl.range(0, F, BH, num_stages=1, disable_licm=True):
         if DEPTH == 2:
             a, _, x, _ = _hidden(
                 q_rows,
@@ -107,7 +107,7 @@ def last_layer_kernel(
         store_block(d_overlap2, d_overlap, square, 0, BT, BT, BT)
     else:
         d_beta, d_f = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
-        for column in range(0, F, BH):
+        for column in tl.range(0, F, BH, num_stages=1, disable_licm=True):
             x = load_tokens(q, n, start, tokens, heads, column, BT, BH, D)
             d_x, d_beta_here, d_f_here = _through_state(
                 d_p, x, beta, f, kept, towards, here, n * (D * F), column, D, BH, TO_INITIAL
@@ -153,7 +153,7 @@ def hidden_kernel(
     d_beta1, d_f1 = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
     along = tl.zeros([BT, BT], tl.float32)
     d_q_rows = tl.zeros([BT, D], tl.float32)
-    for column in range(0, F, BH):
+    for column in tl.range(0, F, BH, num_stages=1, disable_licm=True):
         a, e1, x, slope = _hidden(
             q_rows,
             k_rows,

@@ -145,16 +145,19 @@ def walk_kernel(
             RESETS,
         )  # fmt: skip
         tl.debug_barrier()  # the anchor is read as it was kept
+        if not KNOWN:
+            a1, a2 = load_anchor(
+                tile, n, at1, at2, kept, towards, offset, group_first, tiles, DEPTH, D, F, CHUNK, BT, TO_INITIAL
+            )
+            a, _ = last_input(k, a1, n, j, start, tokens, heads, DEPTH, D, BH, BT)
+            z = dot(a.to(a2.dtype), tl.trans(a2))
+            inner_error(z, k, v, e_out, n_out, rstd_out, n, j, start, tokens, heads, eps, D, BT, NORM)
+            tl.debug_barrier()  # then all of it again, rather than kept in registers meanwhile
         a1, a2 = load_anchor(
             tile, n, at1, at2, kept, towards, offset, group_first, tiles, DEPTH, D, F, CHUNK, BT, TO_INITIAL
         )
         a, slope = last_input(k, a1, n, j, start, tokens, heads, DEPTH, D, BH, BT)
-        if KNOWN:
-            e = load_tokens(e_out, n, start, tokens, 1, 0, BT, D, D).to(a2.dtype)
-        else:
-            z = dot(a.to(a2.dtype), tl.trans(a2))
-            e = inner_error(z, k, v, e_out, n_out, rstd_out, n, j, start, tokens, heads, eps, D, BT, NORM)
-            tl.debug_barrier()
+        e = load_tokens(e_out, n, start, tokens, 1, 0, BT, D, D).to(a2.dtype)
         # Transposed as it is read: as a product's result, transposed, it would stand on the left.
         exists = rows_that_exist(start, tokens, BT)
         pointers = (
@@ -185,15 +188,16 @@ def exchange_kernel(
     programs = tl.num_programs(0).to(tl.int64)
     if FINISH:
         start = tile_start(tile, offset, BT)
-        a1, a2 = load_anchor(
-            tile, n, at1, at2, kept, towards, offset, group_first, tiles, DEPTH, D, F, CHUNK, BT, TO_INITIAL
-        )
-        a, slope = last_input(k, a1, n, j, start, tokens, heads, DEPTH, D, BH, BT)
         parts = partial + ((tile % 2) * programs + n * NS) * (BT * D) + square
         z = tl.load(parts)
         for i in range(1, NS):
             z += tl.load(parts + i * (BT * D))
         e = inner_error(z, k, v, e_out, n_out, rstd_out, n, j, start, tokens, heads, eps, D, BT, NORM)
+        tl.debug_barrier()
+        a1, a2 = load_anchor(
+            tile, n, at1, at2, kept, towards, offset, group_first, tiles, DEPTH, D, F, CHUNK, BT, TO_INITIAL
+        )
+        a, slope = last_input(k, a1, n, j, start, tokens, heads, DEPTH, D, BH, BT)
         state = write(
             state, a, slope, e, tl.trans(e), a2, k, last, carry, tile, n, start, tokens, heads, group_first, tiles, DEPTH, D, BT,
             GATES,

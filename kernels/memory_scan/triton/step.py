@@ -136,8 +136,7 @@ def network_kernel(
     store_tokens(y_out, y, n, start, tokens, heads, 0, BT, D, D)
 
 
-@torch.library.custom_op("titans_pretrain::memory_step", mutates_args=())
-def memory_step(
+def step(
     tokens: Sequence[Tensor], weights: Sequence[Tensor], surprise: Sequence[Tensor], anchor: Sequence[Tensor],
     initial: Sequence[Tensor], residual_norm: bool, damping: float,
 ) -> list[Tensor]:  # fmt: skip
@@ -160,13 +159,16 @@ def memory_step(
     return [y, *new]
 
 
+memory_step = torch.library.custom_op("titans_pretrain::memory_step", step, mutates_args=())
+
+
 @memory_step.register_fake
 def _(tokens, weights, surprise, anchor, initial, residual_norm, damping):
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (tokens[0], *_slots(weights, surprise))]
 
 
-@torch.library.custom_op("titans_pretrain::memory_read", mutates_args=())
-def memory_read(q: Tensor, weights: Sequence[Tensor], residual_norm: bool) -> Tensor:
+def read(q: Tensor, weights: Sequence[Tensor], residual_norm: bool) -> Tensor:
+    """M(q) at the weights of each layer."""
     q = q.contiguous()
     given = [_by_batch(w) for w in weights]
     y = torch.empty_like(q)
@@ -181,6 +183,9 @@ def memory_read(q: Tensor, weights: Sequence[Tensor], residual_norm: bool) -> Te
             BH=kernel.hidden, BT=tile, NORM=residual_norm, num_warps=kernel.warps, num_stages=kernel.stages,
         )  # fmt: skip
     return y
+
+
+memory_read = torch.library.custom_op("titans_pretrain::memory_read", read, mutates_args=())
 
 
 @memory_read.register_fake

@@ -1,4 +1,5 @@
-"""The compile guard: kernels compiled for sm_90 without a GPU use no more than benchmarks/results/kernel_resources.md says."""
+"""The compile guard: kernels compiled without a GPU use no more than benchmarks/results/kernel_resources.md says, all that a user may run
+compiles, and once for every length."""
 
 import json
 import os
@@ -7,9 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 COMMITTED = ROOT / "benchmarks" / "results" / "kernel_resources.md"
 CHOSEN = ["1-64-1-64:walk", "1-64-1-64:state_back", "2-64-4-64:read", "2-64-4-64:hidden"]
+OTHERS = [
+    "1-64-1-32-fp32:walk",
+    "2-64-2-32-fp16-gates:read",
+    "2-64-2-32-fp16-gates:step",
+    "2-64-2-32-fp16-gates:network",
+]
 
 
 def python(*arguments: str) -> str:
@@ -21,15 +30,39 @@ def python(*arguments: str) -> str:
 
 
 def test_nothing_spills_more_than_committed(tmp_path):
-    file = tmp_path / "found.json"
-    python("-m", "benchmarks.kernel_resources", "--only", *CHOSEN, "--json", str(file))
-    points = json.loads(file.read_text())["points"]
+    points = compiled(tmp_path, "--only", *CHOSEN)
     assert len(points) >= len(CHOSEN)
     committed = spills()
     for p in points:
         allowed = committed[p["kernel"], p["row"], p["arch"]]
         assert p["spilled"] <= allowed, f"{p['kernel']} of {p['row']} spills {p['spilled']} bytes, committed: {allowed}"
         assert p["miscompiled"] == 0, f"{p['kernel']} of {p['row']} has a transposed result on the left of a product"
+
+
+def compiled(folder: Path, *arguments: str) -> list[dict]:
+    file = folder / "found.json"
+    python("-m", "benchmarks.kernel_resources", *arguments, "--json", str(file))
+    return json.loads(file.read_text())["points"]
+
+
+def test_other_shapes_and_dtypes_compile(tmp_path):
+    points = compiled(tmp_path, "--others", "--only", *OTHERS)
+    assert {p["arch"] for p in points} == {80, 90} and len(points) == 10
+    assert not [p for p in points if "failed" in p or (p["arch"] == 90 and p["miscompiled"])]
+
+
+@pytest.mark.slow
+def test_all_that_a_user_may_run_compiles(tmp_path):
+    points = compiled(tmp_path, "--others")
+    assert {p["arch"] for p in points} == {80, 90, 100}
+    assert not [p for p in points if "failed" in p or (p["arch"] == 90 and p["miscompiled"])]
+
+
+def test_no_program_is_of_one_length():
+    """What differs from call to call is no constant of a program. A call that ends in a chunk has another program of state_back."""
+    lines = python(str(Path(__file__).with_name("programs.py"))).splitlines()
+    assert set(lines) <= {"step batch1", "step batch2", "network batch1", "network batch2", "other: state_back"}, lines
+    assert "other: state_back" in lines
 
 
 def spills() -> dict[tuple[str, str, int], int]:
