@@ -11,7 +11,7 @@ ORDER = (
     {"models", "data"},
     {"checkpoint", "data_prep"},
     {"training", "hf"},
-    {"parallel"},
+    {"parallel", "forecasting", "genomics"},
     {"commands"},
     {"cli"},
     {"__main__"},
