@@ -235,6 +235,32 @@ def test_the_documentation_lists_every_key_with_its_default_and_meaning():
     assert sorted(found) == sorted(expected)
 
 
+@pytest.mark.parametrize(("page", "schema"), [("time-series", ForecastConfig), ("genomics", ClassifyConfig)])
+def test_the_pages_of_other_schemas_list_their_keys(page, schema):
+    docs = CONFIGS.parent / "docs"
+    elsewhere = ("model.", "train.") if page == "genomics" else ("model.",)
+    found = re.findall(r"^\| `[\w.]+` \| `.*?` \|.*", (docs / f"{page}.md").read_text(), re.MULTILINE)
+    keys = {name: key for name, key in all_keys(schema).items() if not name.startswith(elsewhere)}
+    assert found == [f"| `{name}` | `{as_text(key.default)}` | {key.meaning} |" for name, key in keys.items()]
+
+
+def test_another_schema_has_its_own_keys_and_its_own_defaults(write):
+    path = write("mine.yaml", "series: {lookback: 48, path: ${run.name}.csv}\ntrain: {lr: 2e-3}\n")
+    config = load_as(ForecastConfig, path, ["model.variant=lmm"])
+    assert (config.series.lookback, config.series.path, config.train.lr) == (48, "mine.csv", 2e-3)
+    assert (config.model.variant, config.run.dir) == ("lmm", "runs/mine")
+    with pytest.raises(ValueError, match=r"unknown key data; legal here: series, model, train, run"):
+        load_as(ForecastConfig, path, ["data.path=x"])
+    with pytest.raises(ValueError, match=r"unknown key train\.lookback; did you mean series\.lookback\?"):
+        load_as(ForecastConfig, path, ["train.lookback=3"])
+    with pytest.raises(
+        ValueError, match=r"override 'series\.split=none': series\.split = 'none': must be auto or ett_hourly"
+    ):
+        load_as(ForecastConfig, path, ["series.split=none"])
+    with pytest.raises(ValueError, match=r"unknown key series"):
+        load_config(path)
+
+
 def test_config_lists_every_key_as_an_override_says_it(small, capsys):
     assert cli.main(["config"]) == 0
     plain = capsys.readouterr().out

@@ -22,8 +22,8 @@ def write(tmp_path):
 
 
 def test_a_csv_is_read(write):
-    series = read_series(write("\ufeffdate,load,OT\n2016-07-01 00:00:00,5.5,-2\n\n2016-07-01 01:00:00,1e2,3\n"))
-    assert series.variates == ["load", "OT"]
+    series = read_series(write("\ufeffdate,load,oil\n2016-07-01 00:00:00,5.5,-2\n\n2016-07-01 01:00:00,1e2,3\n"))
+    assert series.variates == ["load", "oil"]
     assert torch.equal(series.values, torch.tensor([[5.5, -2], [100, 3]], dtype=torch.float64))
 
 
