@@ -68,8 +68,6 @@ def test_a_run_learns_is_measured_and_is_not_written_over(settings, tmp_path, ca
     scaled = training_scale(values, rows["train"]).standardized(values).float()
     found = errors(model, Windows(scaled, rows["test"], 24, 9), 50)
     assert found == pytest.approx(results["horizons"]["9"]["test"]["lmm"], rel=1e-5)
-    with pytest.raises(ValueError, match=r"best\.safetensors does not fit the model"):
-        load_weights(build_forecaster(config, 6), run / "horizon-9/best.safetensors")
 
     assert cli.main(command) == 2
     assert "holds a run already" in capsys.readouterr().err
@@ -88,22 +86,6 @@ def test_a_signal_leaves_the_best_weights(settings, tmp_path, capsys):
     load_weights(build_forecaster(config, 6), tmp_path / "run/horizon-6/best.safetensors")
 
 
-def test_patience_ends_a_run_and_the_best_weights_come_back(settings):
-    """Training at a rate that does harm: the weights are those of the first validation."""
-    config = load_as(ForecastConfig, "forecasting/ett", [*settings, "train.lr=0", "train.min_lr=0", "train.patience=2"])
-    said = []
-    assert forecast(config, said.append) == 0
-    assert [line.split()[1] for line in said if "validation_mse" in line] == ["20/60", "40/60", "60/60"]
-    config = load_as(
-        ForecastConfig,
-        "forecasting/ett",
-        [*settings, "train.lr=0", "train.min_lr=0", "train.patience=1", "run.dir=" + config.run.dir + "2"],
-    )
-    said.clear()
-    assert forecast(config, said.append) == 0
-    assert [line.split()[1] for line in said if "validation_mse" in line] == ["20/60", "40/60"]
-
-
 def test_errors_are_one_line(settings, capsys, tmp_path):
     def told(*arguments: str) -> str:
         assert cli.main(["forecast", "forecasting/ett", *arguments]) == 2
@@ -115,12 +97,6 @@ def test_errors_are_one_line(settings, capsys, tmp_path):
     assert "'train.lr=x'" in told("train.lr=x") and not (tmp_path / "run").exists()
     assert "hold no window of 24 and 400 rows" in told(*settings, "series.horizons=[400]")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(settings):
-    config = load_as(ForecastConfig, "forecasting/ett", [*settings, "train.lr=1e30", "train.grad_clip=0"])
-    with pytest.raises(ValueError, match=r"not finite; lower train\.lr"):
-        forecast(config, lambda line: None)
 
 
 def test_the_table_says_what_the_papers_rows_are():

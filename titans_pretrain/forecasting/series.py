@@ -124,7 +124,7 @@ class Windows:
             yield self[examples]
 
     def shuffled(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless: every epoch each example once, in an order of its own; what does not fill a batch is left to the next epoch."""
+        """Endless: every epoch each example once, in an order of its own; what does not fill a batch is left out."""
         generator = torch.Generator().manual_seed(seed)
         size = min(size, len(self))
         while True:

@@ -1,5 +1,6 @@
 """A short training on one device towards a measured task: the weights that validate best are kept."""
 
+import contextlib
 import json
 import math
 import signal
@@ -54,7 +55,7 @@ def fit(
     guard = FiniteGuard(optimizer, device)
     logger = JsonlLogger(run_dir / "metrics.jsonl", 0, 0)
     step, best_step, best, since = 0, 0, math.inf, 0
-    with StopRequest() as stop:
+    with contextlib.closing(logger), StopRequest() as stop:
         while step < train.steps and stop.received is None and not (train.patience and since >= train.patience):
             step += 1
             model.train()
@@ -90,7 +91,6 @@ def fit(
                     best_step, best = step, found
                     save_weights(model, run_dir / BEST)
                 say(f"step {step}/{train.steps}  {validated} {found:.4f}" + " (best)" * better)
-    logger.close()
     if not best_step:
         raise ValueError(f"no {validated} was found: stopped before the first one, or none was a number")
     load_weights(model, run_dir / BEST)

@@ -24,7 +24,12 @@ def forecaster(variant: str = "lmm", horizon: int = 5, **series) -> Forecaster:
     return Forecaster(model_config(variant), config, horizon).eval()
 
 
-@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal", "transformer"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "variant", ["lmm", "mag", *(pytest.param(v, marks=SLOW) for v in ("mac", "mal", "transformer"))]
+)
 def test_the_forward_pass_is_that_of_a_loop(variant):
     model = forecaster(variant)
     windows = torch.randn(3, 24) * 5 + 2

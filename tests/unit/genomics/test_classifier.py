@@ -18,8 +18,12 @@ def classifier(variant: str = "lmm", **head) -> Classifier:
     return Classifier(build_model(config), 3, HeadConfig(**head)).eval()
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
-@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "transformer"])
+SLOW = [
+    pytest.param(*case, marks=pytest.mark.slow) for case in (("mag", "last"), ("mal", "mean"), ("transformer", "last"))
+]
+
+
+@pytest.mark.parametrize(("variant", "pooling"), [("lmm", "mean"), ("lmm", "last"), ("mac", "mean"), *SLOW])
 def test_a_sequence_in_a_batch_is_classified_as_alone(variant, pooling):
     model = classifier(variant, pooling=pooling)
     tokens, lengths = torch.randint(5, (4, 13)), torch.tensor([13, 1, 7, 8])
