@@ -241,11 +241,12 @@ def test_the_pages_of_other_schemas_list_their_keys(page, schema):
     elsewhere = ("model.", "train.") if page == "genomics" else ("model.",)
     found = re.findall(r"^\| `[\w.]+` \| `.*?` \|.*", (docs / f"{page}.md").read_text(), re.MULTILINE)
     keys = {name: key for name, key in all_keys(schema).items() if not name.startswith(elsewhere)}
-    assert found == [f"| `{name}` | `{as_text(key.default)}` | {key.meaning} |" for name, key in keys.items()]
+    expected = [f"| `{name}` | `{as_text(key.default)}` | {key.meaning} |" for name, key in keys.items()]
+    assert sorted(found) == sorted(expected)
 
 
 def test_another_schema_has_its_own_keys_and_its_own_defaults(write):
-    path = write("mine.yaml", "series: {lookback: 48, path: ${run.name}.csv}\ntrain: {lr: 2e-3}\n")
+    path = write("mine.yaml", "series:\n  lookback: 48\n  path: ${run.name}.csv\ntrain: {lr: 2e-3}\n")
     config = load_as(ForecastConfig, path, ["model.variant=lmm"])
     assert (config.series.lookback, config.series.path, config.train.lr) == (48, "mine.csv", 2e-3)
     assert (config.model.variant, config.run.dir) == ("lmm", "runs/mine")
