@@ -17,6 +17,7 @@ from torch import Tensor
 from titans_pretrain.data_prep.tokenizer import NucleotideTokenizer
 
 _LETTERS = re.compile("[A-Za-z]+")
+_COORDINATES = "holds coordinates in a genome, no sequences; genomic_benchmarks.loc2seq.download_dataset(NAME) unpacks the sequences"
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def _read_split(root: Path, split: str) -> list[tuple[str, str]]:
         return _read_csv(root / f"{split}.csv")
     folders = sorted(p for p in (root / split).glob("*") if p.is_dir())
     pairs = [(_checked(p.read_text().strip(), p), f.name) for f in folders for p in sorted(f.glob("*.txt"))]
+    if not pairs and any((root / split).glob("*.csv*")):
+        raise ValueError(f"{root / split} {_COORDINATES}")
     if not pairs:
         raise ValueError(f"{root} holds neither {split}/CLASS/*.txt nor {split}.csv; give the folder of one data set")
     return pairs
@@ -118,10 +121,7 @@ def _read_csv(path: Path) -> list[tuple[str, str]]:
         names = lines.fieldnames or []
         column = next((name for name in ("sequence", "seq") if name in names), None)
         if column is None and {"start", "end"} <= set(names):
-            raise ValueError(
-                f"{path} holds coordinates in a genome, no sequences; unpack them with the package genomic-benchmarks: "
-                "genomic_benchmarks.loc2seq.download_dataset(NAME)"
-            )
+            raise ValueError(f"{path} {_COORDINATES}")
         if column is None or "label" not in names:
             raise ValueError(
                 f"{path}, line 1: needs columns sequence (or seq) and label, has {', '.join(names) or 'none'}"

@@ -74,6 +74,10 @@ def test_what_is_no_data_set_is_named_with_its_line(tmp_path, train, test, told)
 def test_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"holds neither train/CLASS/\*\.txt nor train\.csv"):
         read_benchmark(tmp_path)
+    (tmp_path / "package/train").mkdir(parents=True)
+    (tmp_path / "package/train/negative.csv.gz").write_bytes(b"")  # as the package's own repository has it
+    with pytest.raises(ValueError, match=r"package/train holds coordinates in a genome.*download_dataset"):
+        read_benchmark(tmp_path / "package")
     write_folders(tmp_path, TINY | {"test": {}})
     with pytest.raises(ValueError, match=r"holds neither test/CLASS/\*\.txt nor test\.csv"):
         read_benchmark(tmp_path)
