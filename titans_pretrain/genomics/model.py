@@ -9,7 +9,8 @@ from titans_pretrain.models.causal_lm import TitansForCausalLM
 
 
 class Classifier(nn.Module):
-    """tokens [N, T] int64 and lengths [N] -> logits [N, classes]. What follows a sequence's end is filling, without effect."""
+    """tokens [N, T] int64 and lengths [N] -> logits [N, classes]. What follows a sequence's end is filling: the model is causal and
+    the pooling leaves it out, so it has no effect."""
 
     def __init__(self, backbone: TitansForCausalLM, classes: int, config: HeadConfig):
         super().__init__()
@@ -24,12 +25,9 @@ class Classifier(nn.Module):
 
     def features(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """The pooled hidden states, [N, dim]."""
-        at = torch.arange(tokens.shape[1], device=tokens.device)
-        read = at < lengths[:, None]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.trained == "all"):
-            hidden = self.backbone(
-                tokens, positions=torch.where(read, at, -1), output_hidden_states=True
-            ).hidden_states[-1]
+            hidden = self.backbone(tokens, output_hidden_states=True).hidden_states[-1]
         if self.config.pooling == "last":
             return hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+        read = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         return hidden.masked_fill(~read[..., None], 0.0).sum(1) / lengths[:, None]
