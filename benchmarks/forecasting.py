@@ -38,7 +38,7 @@ def main() -> None:
     for horizon, found in points[0]["horizons"].items():
         for other in points[1:]:
             test = other["horizons"][horizon]["test"]
-            found["test"] = {other["variant"]: test[other["variant"]], **found["test"]}
+            found["test"] = {args.variants[0]: None, other["variant"]: test[other["variant"]]} | found["test"]
         mse = {name: test["mse"] for name, test in found["test"].items()}
         first = args.variants[0]
         over = mse[first] / mse["linear"]

@@ -18,7 +18,14 @@ WINDOW, TRAINING_STRIDE, PIECE = 128, 32, 8192
 CHROMOSOMES = {"train": "II", "test": "I"}
 NOT_FEATURES = ("chromosome", "region")  # lines of the annotation that are no part of a gene, a repeat, a site
 MODEL = ("model.dim=32", "model.heads=2", "model.memory.heads=2")
-FIT = ("train.steps=200", "train.batch=32", "train.eval_every=100", "train.patience=0", "train.lr=2e-3", "data.validation=0.05")
+FIT = (
+    "train.steps=200",
+    "train.batch=32",
+    "train.eval_every=100",
+    "train.patience=0",
+    "train.lr=2e-3",
+    "data.validation=0.05",
+)
 PRETRAIN = ("data.seq_len=512", "train.steps=200", "train.eval_batches=4", "train.checkpoint_every=0")
 
 
