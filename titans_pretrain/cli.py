@@ -23,7 +23,7 @@ _EXAMPLES = """examples:
   titans-pretrain import exported/ runs/imported                   and back
 
 Exit codes: 0 done, 1 doctor found a fault, 2 something is wrong with what was given (one line says what), 85 a signal stopped the training after
-a checkpoint was saved. TITANS_DEBUG=1 shows the whole traceback of an error."""
+a checkpoint was saved; forecast and classify end with 128 and the signal's number. TITANS_DEBUG=1 shows the whole traceback of an error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(sub)
 
     _add_slurm(command)
+    _add_tasks(command)
 
     sub = command(
         "doctor", _doctor, "check this machine: versions, devices, kernels, known faults, the memory scan", "", "--json"
@@ -242,6 +243,25 @@ def _add_slurm(command) -> None:
     )
     _add_config(sub, required=False)
     sub.add_argument("--folder", metavar="DIR", help="that the job writes, where it is no run (default: this one)")
+
+
+def _add_tasks(command) -> None:
+    """What is no language model: each has a schema of its own."""
+    sub = command(
+        "forecast",
+        _forecast,
+        "train a forecaster of time series and measure it",
+        "forecasting/ett series.path=ETTh1.csv",
+        "forecasting/ett series.path=ETTh1.csv model.variant=mag series.horizons=[96] run.dir=runs/mag",
+    )
+    _add_config(sub)
+    sub = command(
+        "classify",
+        _classify,
+        "train a classifier of DNA sequences, pretrained or not, and measure it",
+        "genomics/classify data.path=human_nontata_promoters head.init_from=runs/pretrain",
+    )
+    _add_config(sub)
 
 
 def _add_config(sub: argparse.ArgumentParser, required: bool = True) -> None:
@@ -425,6 +445,26 @@ def _verify(args) -> None:
     print("\n".join(lines))
     if damaged:
         raise ValueError(f"{damaged} of {len(lines)} checkpoints are damaged")
+
+
+def _forecast(args) -> int:
+    from titans_pretrain.config.load import load_as
+    from titans_pretrain.forecasting.config import ForecastConfig
+
+    config = load_as(ForecastConfig, args.config, args.overrides)
+    from titans_pretrain.forecasting.run import forecast
+
+    return forecast(config)
+
+
+def _classify(args) -> int:
+    from titans_pretrain.config.load import load_as
+    from titans_pretrain.genomics.config import ClassifyConfig
+
+    config = load_as(ClassifyConfig, args.config, args.overrides)
+    from titans_pretrain.genomics.run import classify
+
+    return classify(config)
 
 
 def _doctor(args) -> int:

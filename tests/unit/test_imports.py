@@ -12,7 +12,7 @@ ORDER = (
     {"checkpoint", "data_prep"},
     {"hf"},
     {"training"},
-    {"parallel"},
+    {"parallel", "forecasting", "genomics"},
     {"evaluation"},
     {"commands"},
     {"cli"},

@@ -16,9 +16,9 @@ class Key:
 
 
 @cache
-def all_keys() -> dict[str, Key]:
+def all_keys(schema: type = Config) -> dict[str, Key]:
     """{"model.variant": Key("mag", "..."), ...} in the order of the schema."""
-    return dict(_keys_of(Config, ""))
+    return dict(_keys_of(schema, ""))
 
 
 def _keys_of(cls: type, at: str) -> Iterator[tuple[str, Key]]:
@@ -34,9 +34,9 @@ def _keys_of(cls: type, at: str) -> Iterator[tuple[str, Key]]:
             yield at + field.name, Key(default, field.metadata.get("meaning", "") + told)
 
 
-def add_defaults(values: dict) -> None:
+def add_defaults(values: dict, schema: type = Config) -> None:
     """Puts the default of every absent key into nested dicts; a value that is no group where one belongs stays as it is."""
-    for name, key in all_keys().items():
+    for name, key in all_keys(schema).items():
         group, (*path, last) = values, name.split(".")
         for part in path:
             group = group.setdefault(part, {}) if isinstance(group, dict) else None
@@ -44,17 +44,18 @@ def add_defaults(values: dict) -> None:
             group.setdefault(last, key.default)
 
 
-def nearest_key(name: str) -> str | None:
+def nearest_key(name: str, schema: type = Config) -> str | None:
     """The legal key that a wrong one means: by its last part, so that train.seq_len finds data.seq_len, or by its spelling."""
     last = name.rpartition(".")[2]
-    by_last = {key.rpartition(".")[2]: key for key in reversed(all_keys())}  # of several keys, the first
+    keys = all_keys(schema)
+    by_last = {key.rpartition(".")[2]: key for key in reversed(keys)}  # of several keys, the first
     if last in by_last:
         return by_last[last]
-    whole = difflib.get_close_matches(name, all_keys(), n=1, cutoff=0.6)
+    whole = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
     return next(iter(whole or [by_last[n] for n in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]), None)
 
 
-def unknown_key(name: str, siblings: Iterable[str]) -> str:
+def unknown_key(name: str, siblings: Iterable[str], schema: type = Config) -> str:
     """What is wrong with a key that the schema does not have."""
-    near = nearest_key(name)
+    near = nearest_key(name, schema)
     return f"unknown key {name}; " + (f"did you mean {near}?" if near else f"legal here: {', '.join(siblings)}")

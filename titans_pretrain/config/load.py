@@ -13,11 +13,14 @@ import typing
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 from titans_pretrain.config.keys import add_defaults, unknown_key
 from titans_pretrain.config.paths import locate
 from titans_pretrain.config.schema import CONFIG_VERSION, Config
 from titans_pretrain.config.shipped import find_config, shipped_names
+
+S = TypeVar("S")
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, references: bool = True) -> Config:
@@ -27,14 +30,19 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, refer
     Raises FileNotFoundError for a missing file and ValueError for everything else that is wrong, both with one line that
     names the file or the override to blame, the key, the value and what is legal.
     """
+    return load_as(Config, path, overrides, references=references)
+
+
+def load_as(schema: type[S], path: str | Path | None, overrides: Sequence[str] = (), *, references: bool = True) -> S:
+    """load_config for another schema: a dataclass of groups of keys, among them `run` with `name` and `dir`."""
     path = None if path is None else find_config(path)
     file = {} if path is None else _read(path)
     parse_overrides(overrides)  # what is no override at all
 
-    def build(texts: Sequence[str]) -> Config:
+    def build(texts: Sequence[str]) -> S:
         if not references:
             _map_texts(file, _refuse_reference)
-        return _build(file, path and path.stem, texts)
+        return _build(schema, file, path and path.stem, texts)
 
     try:
         return build(overrides)
@@ -42,8 +50,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, refer
         raise ValueError(f"{_blamed(build, overrides, str(e)) or path or 'defaults'}: {_one_line(e)}") from e
 
 
-def save_config(config: Config, path: str | Path) -> None:
-    """Writes every key with its value, so that `load_config(path)` gives the same config."""
+def save_config(config, path: str | Path) -> None:
+    """Writes every key of a config of any schema with its value, so that `load_config(path)` gives the same config."""
     from omegaconf import OmegaConf
 
     values = _map_texts(dataclasses.asdict(config), escape)
@@ -66,13 +74,13 @@ def parse_overrides(overrides: Sequence[str]) -> list[dict]:
 
 
 @cache
-def _checker():
+def _checker(schema: type):
     from pydantic import TypeAdapter
 
-    return TypeAdapter(Config)
+    return TypeAdapter(schema)
 
 
-def from_dict(values: dict) -> Config:
+def from_dict(values: dict, schema: type = Config) -> Any:
     """Checked config of nested dicts. Types are strict: 4 is a float where one is wanted, "4" is no int."""
     from pydantic import ValidationError
 
@@ -81,13 +89,13 @@ def from_dict(values: dict) -> Config:
         raise ValueError(
             f"version {version} is newer than version {CONFIG_VERSION}, the newest this titans-pretrain reads; update titans-pretrain"
         )
-    _check_keys(values, Config, ())
+    _check_keys(values, schema, (), schema)
     values = _upgrade(values)
     try:
         # As JSON, because in strict mode only JSON input may give a dict for a dataclass.
-        return _checker().validate_json(json.dumps(values), strict=True)
+        return _checker(schema).validate_json(json.dumps(values), strict=True)
     except ValidationError as e:
-        raise ValueError(_explain(e.errors()[0])) from e
+        raise ValueError(_explain(e.errors()[0], schema)) from e
     except TypeError as e:
         raise ValueError(f"a value has a type that no key takes: {e}") from e
     except OverflowError as e:
@@ -112,7 +120,7 @@ def _flatten(values: dict, prefix: str = "") -> dict:
     return flat
 
 
-def _build(file: dict, name: str | None, overrides: Sequence[str]) -> Config:
+def _build(schema: type, file: dict, name: str | None, overrides: Sequence[str]) -> Any:
     """The config of a file's values and overrides. Raises ValueError that says what is wrong, not where it stands."""
     from omegaconf import OmegaConf
 
@@ -121,18 +129,19 @@ def _build(file: dict, name: str | None, overrides: Sequence[str]) -> Config:
         given, whole = OmegaConf.to_container(merged), OmegaConf.to_container(merged)
         if name and isinstance(run := whole.setdefault("run", {}), dict):
             run |= {"name": run.get("name") or name, "dir": run.get("dir") or "runs/${run.name}"}
-        add_defaults(whole)  # for references to them
+        add_defaults(whole, schema)  # for references to them
         whole = OmegaConf.to_container(OmegaConf.create(whole), resolve=True, throw_on_missing=True)
     except Exception as e:  # as above
         told = _one_line(e)
         if isinstance(e, TypeError) or "ListConfig" in told:  # a list meets a mapping, as omegaconf 2.4 and 2.3 say it
             told += ": an override cannot reach into a list, give all of it, as 'model.pattern=[mag, lmm]'"
         raise ValueError(told) from e
-    config = from_dict(_only(given, whole))
+    config = from_dict(_only(given, whole), schema)
     if name:
         config.run.name = config.run.name or name
         config.run.dir = config.run.dir or f"runs/{config.run.name}"
-    locate(config)
+    if isinstance(config, Config):
+        locate(config)
     return config
 
 
@@ -221,23 +230,23 @@ def _upgrade(values: dict) -> dict:
     return values | {"version": CONFIG_VERSION, "model": model | {"memory": memory}}
 
 
-def _check_keys(values: dict, cls: type, at: tuple[str, ...]) -> None:
+def _check_keys(values: dict, cls: type, at: tuple[str, ...], schema: type) -> None:
     """Refuses a key that `cls` does not have, naming the nearest one of the whole schema."""
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         if key not in hints:
-            raise ValueError(unknown_key(".".join((*at, str(key))), hints))
+            raise ValueError(unknown_key(".".join((*at, str(key))), hints, schema))
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise ValueError(f"{'.'.join((*at, key))} = {value!r}: must be a group of keys")
-            _check_keys(value, hints[key], (*at, key))
+            _check_keys(value, hints[key], (*at, key), schema)
 
 
-def _explain(error: dict) -> str:
+def _explain(error: dict, schema: type) -> str:
     """One line for a pydantic error."""
     if error["type"] == "value_error":  # raised by a __post_init__, which names its key
         return str(error["ctx"]["error"])
-    hint = Config
+    hint = schema
     for part in error["loc"]:
         hint = typing.get_type_hints(hint)[part] if dataclasses.is_dataclass(hint) else None
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

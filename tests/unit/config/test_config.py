@@ -19,6 +19,9 @@ from titans_pretrain.config import (
     save_config,
 )
 from titans_pretrain.config.keys import all_keys
+from titans_pretrain.config.load import load_as
+from titans_pretrain.forecasting.config import ForecastConfig
+from titans_pretrain.genomics.config import ClassifyConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -209,9 +212,18 @@ def test_importing_the_config_loads_no_heavy_package():
     )
 
 
+def schema_of(path: Path) -> type:
+    """Of a shipped file: what the command that reads it takes."""
+    name = path.relative_to(CONFIGS).with_suffix("").as_posix()
+    if name in ("genomics/classify", "genomics/scratch"):
+        return ClassifyConfig
+    return ForecastConfig if name.startswith("forecasting/") else Config
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_every_config_of_the_project_loads(path):
-    assert isinstance(load_config(path), Config)
+    schema = schema_of(path)
+    assert isinstance(load_as(schema, path), schema)
 
 
 def test_the_documentation_lists_every_key_with_its_default_and_meaning():
@@ -221,6 +233,33 @@ def test_the_documentation_lists_every_key_with_its_default_and_meaning():
     expected = [f"| `{name}` | `{as_text(key.default)}` | {key.meaning} |" for name, key in keys.items()]
     assert all(key.meaning for key in keys.values()), "say in the schema what a key means: setting(default, meaning)"
     assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize(("page", "schema"), [("time-series", ForecastConfig), ("genomics", ClassifyConfig)])
+def test_the_pages_of_other_schemas_list_their_keys(page, schema):
+    docs = CONFIGS.parent / "docs"
+    elsewhere = ("model.", "train.") if page == "genomics" else ("model.",)
+    found = re.findall(r"^\| `[\w.]+` \| `.*?` \|.*", (docs / f"{page}.md").read_text(), re.MULTILINE)
+    keys = {name: key for name, key in all_keys(schema).items() if not name.startswith(elsewhere)}
+    expected = [f"| `{name}` | `{as_text(key.default)}` | {key.meaning} |" for name, key in keys.items()]
+    assert sorted(found) == sorted(expected)
+
+
+def test_another_schema_has_its_own_keys_and_its_own_defaults(write):
+    path = write("mine.yaml", "series:\n  lookback: 48\n  path: ${run.name}.csv\ntrain: {lr: 2e-3}\n")
+    config = load_as(ForecastConfig, path, ["model.variant=lmm"])
+    assert (config.series.lookback, config.series.path, config.train.lr) == (48, "mine.csv", 2e-3)
+    assert (config.model.variant, config.run.dir) == ("lmm", "runs/mine")
+    with pytest.raises(ValueError, match=r"unknown key data; legal here: series, model, train, run"):
+        load_as(ForecastConfig, path, ["data.path=x"])
+    with pytest.raises(ValueError, match=r"unknown key train\.lookback; did you mean series\.lookback\?"):
+        load_as(ForecastConfig, path, ["train.lookback=3"])
+    with pytest.raises(
+        ValueError, match=r"override 'series\.split=none': series\.split = 'none': must be auto or ett_hourly"
+    ):
+        load_as(ForecastConfig, path, ["series.split=none"])
+    with pytest.raises(ValueError, match=r"unknown key series"):
+        load_config(path)
 
 
 def test_config_lists_every_key_as_an_override_says_it(small, capsys):
