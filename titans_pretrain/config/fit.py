@@ -1,7 +1,7 @@
 """Settings of a short training towards a measured task: forecasting, classification. Standard library only."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from titans_pretrain.config.check import at_least, check_fields, setting
 
@@ -21,6 +21,8 @@ class FitConfig:
     beta2: float = setting(0.95, "of AdamW")
     eps: float = setting(1e-8, "of AdamW")
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
+    schedule: ClassVar[str] = "cosine"  # as training/optimizer.py reads it
+    decay_steps: ClassVar[int] = 0
     precision: Literal["fp32", "bf16"] = setting("fp32", "bf16: autocast over float32 parameters")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes a GPU if there is one")
     eval_every: int = setting(100, "steps between validations; the last step has one too")

@@ -16,7 +16,6 @@ from titans_pretrain.config import save_config
 from titans_pretrain.config.fit import FitConfig
 from titans_pretrain.disk import sync
 from titans_pretrain.training.engine import compute_dtype
-from titans_pretrain.training.finite import FiniteGuard
 from titans_pretrain.training.loggers import JsonlLogger
 from titans_pretrain.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from titans_pretrain.training.signals import StopRequest
@@ -52,7 +51,6 @@ def fit(
     """
     device = next(model.parameters()).device
     optimizer = build_optimizer(model, train)
-    guard = FiniteGuard(optimizer, device)
     logger = JsonlLogger(run_dir / "metrics.jsonl", 0, 0)
     step, best_step, best, since = 0, 0, math.inf, 0
     with contextlib.closing(logger), StopRequest() as stop:
@@ -63,20 +61,15 @@ def fit(
                 value = loss(next(examples))
             value.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip or math.inf)
-            guard.watch(value.detach(), norm)
-            set_learning_rate(optimizer, learning_rate(step, train))
-            optimizer.step()
-            optimizer.zero_grad()
-            numbers = {
-                "step": step,
-                "loss": float(value.detach()),
-                "grad_norm": float(norm),
-                "lr": learning_rate(step, train),
-            }
+            rate = learning_rate(step, train)
+            numbers = {"step": step, "loss": float(value.detach()), "grad_norm": float(norm), "lr": rate}
             if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
                 raise ValueError(
                     f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}: not finite; lower train.lr"
                 )
+            set_learning_rate(optimizer, rate)
+            optimizer.step()
+            optimizer.zero_grad()
             logger.log(numbers)
             if step % train.log_every == 0:
                 say(f"step {step}/{train.steps}  loss {numbers['loss']:.4f}  lr {numbers['lr']:.2e}")
