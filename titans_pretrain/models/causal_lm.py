@@ -37,20 +37,22 @@ class Stack:
         positions: Tensor | None = None,
         state: ModelState | None = None,
         seen: list[Tensor] | None = None,
+        tokens: int | None = None,
     ) -> tuple[Tensor, ModelState]:
         """x [B, T, dim] -> the norm's output [B, T, dim], and the state after the last token. positions, state: as of
-        TitansForCausalLM.forward; seen: gets each layer's output."""
+        TitansForCausalLM.forward; seen: gets each layer's output; tokens: T, where x is this process's part of the sequence."""
+        tokens = x.shape[1] if tokens is None else tokens
         position = x.new_zeros(len(x), dtype=torch.int64) if state is None else state.position
         absolute = positions
         if absolute is None:
-            absolute = position[:, None] + torch.arange(x.shape[1], device=x.device)
+            absolute = position[:, None] + torch.arange(tokens, device=x.device)
         if state is not None and state.ragged:
-            assert positions is None and x.shape[1] == 1  # check_inputs says it to users
+            assert positions is None and tokens == 1  # check_inputs says it to users
             positions = absolute  # how far back a row reaches
         by = self.rotations(absolute, x.dtype)
         x, states = self.run_layers(x, by, positions, state and state.layers, seen=seen)
         ragged = state is not None and state.ragged
-        return self.norm(x), ModelState(states, positions_after(positions, position, x.shape[1]), ragged)
+        return self.norm(x), ModelState(states, positions_after(positions, position, tokens), ragged)
 
     def rotations(self, positions: Tensor, dtype: torch.dtype) -> Rotations:
         """What the layers turn queries and keys of these positions [B, T] by; dtype: of the activations."""
@@ -128,7 +130,7 @@ class TitansForCausalLM(Stack, nn.Module):
         check_inputs(self.config, tokens, labels, state, positions)
         embedded = self.embed_tokens(tokens)
         seen: list[Tensor] | None = [] if output_hidden_states else None
-        hidden, after = self.read(embedded, positions, state, seen)
+        hidden, after = self.read(embedded, positions, state, seen, tokens.shape[1])
         hidden_states = None if seen is None else (embedded, *seen[:-1], hidden)
         if labels is None:
             logits = nn.functional.linear(hidden, self.head)
