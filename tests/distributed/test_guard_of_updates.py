@@ -40,18 +40,22 @@ def losses(values: dict, harm: dict[int, float]) -> tuple[list[int], list[float]
     return verdicts, found
 
 
+LAYOUTS = [
+    {},
+    {"zero_stage": 1},
+    {"zero_stage": 1, "precision": "bf16"},
+    {"zero_stage": 1, "offload_optimizer": True},
+    {"zero_stage": 2},
+    {"zero_stage": 2, "precision": "bf16"},
+    {"zero_stage": 3},
+    {"zero_stage": 3, "precision": "bf16"},
+]
+QUICK = ({}, {"zero_stage": 1, "precision": "bf16"}, {"zero_stage": 2})
+
+
 @pytest.mark.parametrize(
     "layout",
-    [
-        {},
-        {"zero_stage": 1},
-        {"zero_stage": 1, "precision": "bf16"},
-        {"zero_stage": 1, "offload_optimizer": True},
-        {"zero_stage": 2},
-        {"zero_stage": 2, "precision": "bf16"},
-        {"zero_stage": 3},
-        {"zero_stage": 3, "precision": "bf16"},
-    ],
+    [pytest.param(x, marks=[] if x in QUICK else [pytest.mark.slow]) for x in LAYOUTS],
     ids=lambda x: "-".join(map(str, x.values())) or "plain",
 )
 def test_a_harmful_step_is_as_if_it_had_not_been(ranks, layout):
