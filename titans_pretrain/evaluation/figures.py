@@ -1,9 +1,10 @@
 """Tables and pictures of results."""
 
-import os
-import tempfile
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from titans_pretrain.disk import write_whole
 
 
 def save_picture(path: Path, draw: Callable, size: tuple[float, float] = (8, 4.5)) -> None:
@@ -14,14 +15,9 @@ def save_picture(path: Path, draw: Callable, size: tuple[float, float] = (8, 4.5
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure)
-    descriptor, temporary = tempfile.mkstemp(suffix=".png", prefix=".writing-", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            figure.savefig(file, dpi=120, format="png")
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_whole(path, picture.getvalue())
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
