@@ -13,8 +13,8 @@ from titans_pretrain.training.plot import plot_loss
 
 
 def report(run_dir: str) -> str:
-    """A table of a run folder's metrics; draws loss.png and writes report.html anew if the folder can be written. Raises ValueError for a folder that is
-    no run, and for a file in it that is broken."""
+    """A table of a run folder's metrics; draws loss.png and writes report.html anew if the folder can be written. Raises ValueError
+    for a folder that is no run, and for a file in it that is broken."""
     run = Path(run_dir)
     if not (run / "config.yaml").is_file() or not (run / "metrics.jsonl").is_file():
         raise ValueError(f"{run_dir} is not a run folder: it needs config.yaml and metrics.jsonl")

@@ -1,12 +1,16 @@
 """Ending all processes of a run when one is lost, or when none gets on, and saying which one it is."""
 
+import contextlib
 import json
+import math
 import os
 import re
 import sys
 import threading
 import time
 import traceback
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -25,7 +29,7 @@ class Watchdog(Hook):
     of life in the group's store every second, and watches its neighbour's: one that is lost for `lost_after` seconds ends all, with
     exit code 1 and one line that says which it was.
 
-    A process that hangs has a thread that still beats. Where no step or validation ended for `hang_after` seconds (None: never looked at), every
+    A process that hangs has a thread that still beats. Where no step, validation or checkpoint ended for `hang_after` seconds (None: never looked at), every
     process prints its stack, and all end with HANG_EXIT_CODE and one line that says which is behind, and in what call."""
 
     def __init__(self, lost_after: float, hang_after: float | None = None):
@@ -34,10 +38,12 @@ class Watchdog(Hook):
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._main = threading.get_ident()
-        self._step, self._moved = 0, time.monotonic()
+        self._step, self._moved = (
+            0,
+            math.inf,
+        )  # a start may take its time: there is no hang before the first step begins
 
     def __enter__(self) -> "Watchdog":
-        self._moved = time.monotonic()
         if dist.is_initialized() and (dist.get_world_size() > 1 or self._hang_after):
             store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())
             self._thread = threading.Thread(target=self._watch, args=(store,), daemon=True)
@@ -53,8 +59,15 @@ class Watchdog(Hook):
         self._stop.set()
         self._thread.join()
 
+    def around_step(self, trainer) -> AbstractContextManager:
+        self._moved = min(self._moved, time.monotonic())
+        return contextlib.nullcontext()
+
     def after_step(self, trainer, line: dict) -> None:
         self._step, self._moved = trainer.step, time.monotonic()
+
+    def after_save(self, trainer, checkpoint: Path) -> None:
+        self._moved = time.monotonic()
 
     def after_validation(self, trainer, line: dict) -> None:
         self._moved = time.monotonic()
@@ -68,7 +81,7 @@ class Watchdog(Hook):
                 if (
                     time.monotonic() - last > 5.0
                 ):  # this process itself was stopped: the others had no chance to be seen
-                    since, self._moved = time.monotonic(), time.monotonic()
+                    since, self._moved = time.monotonic(), max(self._moved, time.monotonic())
                 last = time.monotonic()
                 beats += 1
                 store.set(f"{rank}", str(beats))

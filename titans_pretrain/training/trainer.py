@@ -124,14 +124,14 @@ class Trainer:
                     continue  # a stop request came before the rows did
                 if _due(self.step, self.read_every):
                     self._report(loggers, progress)
+            self._report(loggers, progress)
+            self.save(run_dir, loggers)
+            self._settle()
         except Exception as error:
             self._report(loggers, progress)
             for hook in self.hooks:
                 hook.on_error(self, error)
             raise
-        self._report(loggers, progress)
-        self.save(run_dir, loggers)
-        self._settle()
         return self.step >= train.steps and not self._validation_is_due()
 
     def train_step(self) -> dict | None:
@@ -185,6 +185,7 @@ class Trainer:
             line |= {"loss": loss, "grad_norm": grad_norm, "skipped": int(verdict), "tokens_per_second": speed}
             self.skipped = 0 if verdict == FINE else self.skipped + 1
             if verdict != FINE and (self._action(verdict) == "stop" or self.skipped > MOST_SKIPPED):
+                self._settle()  # all processes come here: a checkpoint that is being written is not lost
                 raise ValueError(self._harmful(line))
             if verdict != FINE and self._action(verdict) == "rollback":
                 self._goes_back = self.skipped >= self.config.train.rollback_after

@@ -54,6 +54,22 @@ def test_the_next_one_and_the_end_wait_for_it(make_trainer, tmp_path):
     assert_same(weights(trainer), weights(run(make_trainer(steps=5), tmp_path / "twin")))
 
 
+def test_a_harmful_step_does_not_lose_the_checkpoint_before_it(make_trainer, tmp_path, held):
+    trainer = make_trainer(steps=9, checkpoint_every=2, checkpoint_async=True)
+    step = trainer.train_step
+
+    def stepping():
+        if trainer.step == 2:  # whose checkpoint is being written
+            trainer.engine.model.loss_scale = float("nan")
+            held.set()
+        return step()
+
+    trainer.train_step = stepping
+    with pytest.raises(ValueError, match="step 3: the loss is nan.*the last good checkpoint is .*step-00000002"):
+        run(trainer, tmp_path)
+    assert latest_checkpoint(tmp_path).name == "step-00000002"
+
+
 def test_what_cannot_be_written_ends_the_run_soon(make_trainer, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
