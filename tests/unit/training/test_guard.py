@@ -59,6 +59,8 @@ def test_the_rule(window):
         found.append(int(watched.verdict))
         assert torch.equal(before, weight) == (found[-1] != FINE)
     assert found == verdicts(numbers, 3.0, window)
+    kept = [now for now in numbers if all(map(math.isfinite, now))][-window:]
+    assert [sorted(row) for row in watched._window.tolist()] == [sorted(row) for row in zip(*kept, strict=True)]
     assert {found[50], found[70]} == {SPIKE} and found[71] == found[80] == NOT_FINITE and FINE in found[-20:]
     assert int(optimizer.state[weight]["step"]) == found.count(FINE)
 
@@ -147,6 +149,14 @@ def test_a_rollback_takes_the_weights_of_the_checkpoint_and_goes_on_reading(make
             twin.train_step()
     assert_same(weights(trainer), weights(twin))
     assert trainer.tokens == run(make_trainer(steps=9), tmp_path / "b").tokens
+
+
+def test_steps_that_are_not_in_a_row_roll_nothing_back(make_trainer, tmp_path):
+    how = {"steps": 9, "on_nan": "rollback", "rollback_after": 2, "checkpoint_every": 3}
+    run(harmed(make_trainer, {4: math.nan, 6: math.nan, 8: math.nan}, **how), tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if "skipped" in line] == [4, 6, 8]
+    assert not any("rolled_back_to" in line for line in lines)
 
 
 def test_rollbacks_that_do_not_help_end_the_run(make_trainer, tmp_path):
