@@ -83,11 +83,14 @@ class MemoryConfig:
         at_least("model.memory.damping", self.damping, 0)
         if not 0 <= self.max_momentum <= 1:
             raise ValueError(f"model.memory.max_momentum must lie in [0, 1], got {self.max_momentum}")
-        for name in ("step_coefficient", "max_lr"):
+        for name in _FOLLOW:
             if getattr(self, name) is not None:
                 at_least("model.memory." + name, getattr(self, name), 0)
         if self.checkpoint_every is not None:
             positive("model.memory.checkpoint_every", self.checkpoint_every)
+        # Written down with the model, which other defaults of a later version must not change.
+        object.__setattr__(self, "step_coefficient", self.telescope_coefficient)
+        object.__setattr__(self, "max_lr", self.largest_lr)
 
     @property
     def telescope_coefficient(self) -> float:
@@ -103,10 +106,19 @@ class MemoryConfig:
             return self.max_lr
         return (3.4 if self.step == "relative" else 1.6) if self.residual_norm else 0.5
 
+    def changed(self, **values) -> "MemoryConfig":
+        """Another config with these values; g and max_lr follow `step` and `residual_norm` where they were left to them."""
+        left = MemoryConfig(step=self.step, residual_norm=self.residual_norm)
+        follow = {name: None for name in _FOLLOW if getattr(self, name) == getattr(left, name)}
+        return replace(self, **follow | values)
+
     def widths(self, dim: int) -> list[int]:
         """Sizes between the layers of one memory of a model of width `dim`: [D, F, ..., F, D]."""
         size = dim // self.heads
         return [size, *[int(self.expansion * size)] * (self.depth - 1), size]
+
+
+_FOLLOW = ("step_coefficient", "max_lr")
 
 
 @dataclass(frozen=True)
@@ -222,8 +234,8 @@ class ModelConfig:
     mac: MacConfig = field(default_factory=MacConfig)
 
     def __post_init__(self):
-        if isinstance(self.pattern, tuple):
-            self.pattern = list(self.pattern)
+        if isinstance(self.pattern, list | tuple):
+            self.pattern = list(self.pattern)  # one's own: entries are written out below
         check_fields(self, "model")
         if self.variant not in VARIANTS:
             near = did_you_mean(self.variant, VARIANTS)
@@ -278,8 +290,11 @@ class ModelConfig:
             raise ValueError(
                 f"model.pattern has {len(self.pattern)} entries; give between 1 and model.layers={self.layers}, over which it is repeated"
             )
-        for i in range(len(self.pattern)):
-            self._entry(i)
+        for i, own in enumerate(self.pattern):
+            memory = self._entry(i).memory
+            if isinstance(own, dict) and "memory" in own:
+                changed = [n for n in _FOLLOW if n in own["memory"] or getattr(memory, n) != getattr(self.memory, n)]
+                self.pattern[i] = own | {"memory": own["memory"] | {n: getattr(memory, n) for n in changed}}
 
     def _entry(self, i: int) -> "ModelConfig":
         """The model all of whose layers are as the pattern's i-th entry. Raises ValueError, which names the key in the entry."""
@@ -302,7 +317,9 @@ class ModelConfig:
             if key in SPEED_KEYS:
                 raise ValueError(f"{at}.{key} says how a layer computes, not what; set model.{key}, for all layers")
         try:
-            groups = {name: replace(getattr(self, name), **own[name]) for name in ("memory", "mac") if name in own}
+            groups = {"memory": self.memory.changed(**own["memory"])} if "memory" in own else {}
+            if "mac" in own:
+                groups["mac"] = replace(self.mac, **own["mac"])
             return replace(self, **own | groups, pattern=None)
         except ValueError as e:
             keys = "|".join(map(re.escape, given)) or "(?!)"  # none

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from titans_pretrain.config import MacConfig, MemoryConfig, ModelConfig, changed_keys, load_config, save_config
+from titans_pretrain.config import Config, MacConfig, MemoryConfig, ModelConfig, changed_keys, load_config, save_config
 from titans_pretrain.config.model import VARIANTS
 from titans_pretrain.config.schema import DataConfig, ParallelConfig, RunConfig, TrainConfig
 
@@ -174,3 +174,22 @@ def test_every_variant_says_what_it_is_made_of():
         block = build_block(ModelConfig(name, **BASE).layer(0))
         assert hasattr(block, "memory") == variant.memory and hasattr(block, "attention") == variant.attention
         assert variant.summary
+
+
+def test_what_a_version_chose_is_written_down(tmp_path, monkeypatch):
+    """A saved model stays what it is when a later version has other defaults."""
+    plain = {"memory": {"step": "plain"}}
+    c = Config(model=ModelConfig(pattern=["mag", plain, {"memory": {"depth": 1}}], **BASE))
+    assert [x.memory.max_lr for x in c.model.layer_configs[:3]] == [3.4, 1.6, 3.4] and plain == {"memory": {"step": "plain"}}
+    save_config(c, tmp_path / "config.yaml")
+    monkeypatch.setattr(MemoryConfig, "largest_lr", property(lambda m: 9.0 if m.max_lr is None else m.max_lr))
+    assert MemoryConfig().max_lr == 9.0  # the later version
+    loaded = load_config(tmp_path / "config.yaml").model
+    assert loaded == c.model
+    assert [x.memory.max_lr for x in loaded.layer_configs[:3]] == [3.4, 1.6, 3.4]
+
+
+def test_a_changed_memory_follows_its_step_where_it_was_left_to_it():
+    assert MemoryConfig().changed(step="plain") == MemoryConfig(step="plain")
+    assert MemoryConfig(max_lr=0.3).changed(step="plain") == MemoryConfig(step="plain", max_lr=0.3)
+    assert MemoryConfig().changed(step="telescoped", residual_norm=False, depth=1).max_lr == 0.5
