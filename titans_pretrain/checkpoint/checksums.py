@@ -5,6 +5,7 @@ it too, and because anyone can check a copy without this package. Each rank hash
 is read its share of all files: no byte is hashed twice.
 """
 
+import errno
 import hashlib
 import re
 from collections.abc import Iterable
@@ -43,6 +44,10 @@ def check_files(checkpoint: Path) -> int | None:
                 found = hash_files(checkpoint, [checkpoint / name])
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 raise DamagedCheckpoint(f"{checkpoint / name} is not there") from None
+            except OSError as e:
+                if e.errno == errno.EIO:  # the disk has lost it
+                    raise DamagedCheckpoint(f"{checkpoint / name} cannot be read: {e.strerror}") from e
+                raise
             if found[name] != sums[name]:
                 raise DamagedCheckpoint(f"{checkpoint / name} is damaged: its checksum is not the one in {SUMS}")
     return sums if sums is None else len(sums)

@@ -48,7 +48,7 @@ from titans_pretrain.checkpoint.together import (
     together,
     world,
 )
-from titans_pretrain.config import Config, load_config, save_config
+from titans_pretrain.config import Config, load_run_config, save_config
 
 FORMAT_VERSION = 3  # 2: a pickle in the place of weights/metadata.json, and no checksums
 OLDEST_VERSION = 2
@@ -188,7 +188,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Config]:
     from titans_pretrain.models import build_model
 
     checkpoint = find_checkpoint(path)
-    config = load_config(checkpoint / "config.yaml")
+    config = load_run_config(checkpoint)
     with torch.device("meta"):
         model = build_model(config.model)
     load_weights(checkpoint, model.to_empty(device="cpu"))

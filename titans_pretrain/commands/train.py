@@ -96,8 +96,9 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start,
         "segments_per_rank": config.parallel.segments_per_rank,
         "gather": from_all if mesh.world > 1 else None,
         "pinned": mesh.device.type == "cuda",
+        "stopped": lambda: stop.received is not None,
     }
-    reader = build_reader(config, split="train", stopped=lambda: stop.received is not None, **place)
+    reader = build_reader(config, split="train", **place)
     validator, without_validation = None, None
     if config.train.eval_every:
         rows = config.train.eval_batches * config.train.micro_batch  # of all processes: the loss is that of one process

@@ -36,7 +36,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, refer
 def load_as(schema: type[S], path: str | Path | None, overrides: Sequence[str] = (), *, references: bool = True) -> S:
     """load_config for another schema: a dataclass of groups of keys, among them `run` with `name` and `dir`."""
     path = None if path is None else find_config(path)
-    file = {} if path is None else _read(path)
+    file = {} if path is None else _read(path, references=references)
     parse_overrides(overrides)  # what is no override at all
 
     def build(texts: Sequence[str]) -> S:
@@ -189,7 +189,15 @@ def _refuse_reference(text: str) -> str:
     return text
 
 
-def _read(path: Path, included_from: tuple[Path, ...] = ()) -> dict:
+def _refuse_aliases(path: Path) -> None:
+    """A few lines of aliases of aliases stand for more values than any memory holds."""
+    import yaml
+
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(path.read_bytes(), Loader=yaml.SafeLoader)):
+        raise ValueError("it has a YAML alias, which nothing in a run folder has; was it changed by hand?")
+
+
+def _read(path: Path, included_from: tuple[Path, ...] = (), references: bool = True) -> dict:
     """The file with its includes merged under it; references stay as they are written."""
     from omegaconf import OmegaConf
 
@@ -199,6 +207,8 @@ def _read(path: Path, included_from: tuple[Path, ...] = ()) -> dict:
     if path.resolve() in [p.resolve() for p in included_from]:
         raise ValueError(f"{path} includes itself: {' -> '.join(str(p) for p in (*included_from, path))}")
     try:
+        if not references:
+            _refuse_aliases(path)
         own = OmegaConf.load(path)
     except Exception as e:
         raise ValueError(f"{path} is not valid YAML: {_one_line(e)}") from e
@@ -207,6 +217,8 @@ def _read(path: Path, included_from: tuple[Path, ...] = ()) -> dict:
     includes = OmegaConf.to_container(OmegaConf.create({"names": own.pop("include", None)}))["names"] or []
     if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
         raise ValueError(f"{path}: include is {includes!r}; it must be a list of file names")
+    if includes and not references:
+        raise ValueError(f"{path} includes {includes[0]}, and no file of a run folder does; was it changed by hand?")
     parts = [_read(path.parent / name, (*included_from, path)) for name in includes]
     try:
         return OmegaConf.to_container(OmegaConf.merge(*parts, own))

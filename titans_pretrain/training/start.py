@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from titans_pretrain.checkpoint import check_checkpoint, checkpoints, find_checkpoint, latest_checkpoint
 from titans_pretrain.checkpoint.together import DamagedCheckpoint, rank, world
-from titans_pretrain.config import Config, changed_keys, load_config
+from titans_pretrain.config import Config, changed_keys, load_run_config
 
 # These change how the model computes, not what: they may differ from the checkpoint's.
 _SPEED_ONLY = {"model.attention_backend", "model.memory.backend", "model.memory.checkpoint_every"}
@@ -77,7 +77,7 @@ def _newest_whole(newest: Path) -> Path:
 def _changes(start: Start, config: Config) -> tuple[str, ...]:
     """Settings that differ from the checkpoint's. Raises ValueError if the model is another one."""
     may_differ = _SPEED_ONLY | (_REACH if start.weights_only else set())
-    changed = changed_keys(load_config(start.checkpoint / "config.yaml"), config)
+    changed = changed_keys(load_run_config(start.checkpoint), config)
     model = {k: v for k, v in changed.items() if k.startswith("model.") and k not in may_differ}
     if model:
         told = ", ".join(f"{key} is {old} there and {new} here" for key, (old, new) in model.items())

@@ -1,8 +1,10 @@
 """Loss on held-out rows, always the same ones."""
 
+import contextlib
 import itertools
 import math
 
+from titans_pretrain.data import Stopped
 from titans_pretrain.training.engine import Engine
 from titans_pretrain.training.signals import StopRequest
 
@@ -19,9 +21,11 @@ class Validator:
         self.reader.load_state_dict(self._start)
         loss, targets, left = 0.0, 0, self.batches
         while left:
+            batches = []
+            with contextlib.suppress(Stopped):  # in this process; the others may have their rows
+                batches = list(itertools.islice(self.reader, min(left, engine.micro_batches)))
             if engine.any(stop is not None and stop.received is not None):
                 return None
-            batches = list(itertools.islice(self.reader, min(left, engine.micro_batches)))
             if not batches:
                 break
             left -= len(batches)

@@ -374,6 +374,17 @@ def test_the_config_of_a_run_folder_looks_nothing_up(tmp_path, monkeypatch):
     assert load_run_config(tmp_path).data.path == "pipe:cat ${DIR}/{}"
 
 
+def test_the_config_of_a_run_folder_stands_alone_and_is_no_larger_than_it_looks(tmp_path):
+    """Ten aliases of ten aliases ..., nine times, are a billion values."""
+    bomb = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+    (tmp_path / "other.yaml").write_text("train: {seed: 3}\n")
+    for text, told in ((bomb, "has a YAML alias, which nothing"), ("include: [other.yaml]\n", "includes other.yaml")):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=f"{told}.*run folder"):
+            load_run_config(tmp_path)
+    assert load_config(tmp_path / "config.yaml").train.seed == 3  # a user's own file may
+
+
 def test_commands_of_a_run_folder_are_run_only_if_given_again(tmp_path):
     config = load_config(None, ["data.path=pipe:cat {}"])
     with pytest.raises(

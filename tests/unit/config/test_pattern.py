@@ -180,7 +180,9 @@ def test_what_a_version_chose_is_written_down(tmp_path, monkeypatch):
     """A saved model stays what it is when a later version has other defaults."""
     plain = {"memory": {"step": "plain"}}
     c = Config(model=ModelConfig(pattern=["mag", plain, {"memory": {"depth": 1}}], **BASE))
-    assert [x.memory.max_lr for x in c.model.layer_configs[:3]] == [3.4, 1.6, 3.4] and plain == {"memory": {"step": "plain"}}
+    assert [x.memory.max_lr for x in c.model.layer_configs[:3]] == [3.4, 1.6, 3.4] and plain == {
+        "memory": {"step": "plain"}
+    }
     save_config(c, tmp_path / "config.yaml")
     monkeypatch.setattr(MemoryConfig, "largest_lr", property(lambda m: 9.0 if m.max_lr is None else m.max_lr))
     assert MemoryConfig().max_lr == 9.0  # the later version

@@ -1,5 +1,6 @@
 """Whatever became of a checkpoint's bytes: a ValueError that names the file, and no code of theirs runs."""
 
+import errno
 import json
 import os
 import pickle
@@ -80,6 +81,17 @@ def test_every_way_to_read_weights_compares_checksums(trainer):
     for read in (read_tensors, lambda c: load_weights(c, trainer.engine.model), check_checkpoint):
         with pytest.raises(DamagedCheckpoint, match="__0_0.distcp is damaged"):
             read(trainer.saved)
+
+
+def test_what_the_disk_has_lost_is_damage(trainer, monkeypatch):
+    """So a run goes on from the checkpoint before; another error of the system is no reason to."""
+    lost = [errno.EIO]
+    monkeypatch.setattr("hashlib.file_digest", lambda *_: (_ for _ in ()).throw(OSError(lost[0], os.strerror(lost[0]))))
+    with pytest.raises(DamagedCheckpoint, match="cannot be read: Input/output error"):
+        check_checkpoint(trainer.saved)
+    lost[0] = errno.ESTALE
+    with pytest.raises(OSError, match="Stale file handle"):
+        check_checkpoint(trainer.saved)
 
 
 def test_sums_are_those_of_coreutils(trainer):

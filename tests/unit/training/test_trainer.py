@@ -217,8 +217,9 @@ def test_a_signal_saves_after_the_step_and_stops(make_trainer, tmp_path, number)
     assert signal.getsignal(number) == before
 
 
-def test_a_signal_during_a_validation_puts_it_off(make_trainer, tmp_path):
-    """The next process runs it first, and its line stands in the metrics once."""
+@pytest.mark.parametrize("waiting", [False, True], ids=["reading", "waiting"])
+def test_a_signal_during_a_validation_puts_it_off(make_trainer, tmp_path, waiting):
+    """Also while its rows are on their way. The next process runs it first, and its line stands in the metrics once."""
     straight = run(make_trainer(steps=4, validate=True, eval_every=2), tmp_path / "straight")
     interrupted = make_trainer(steps=4, validate=True, eval_every=2)
     validation_reader = interrupted.validator.reader
@@ -226,6 +227,8 @@ def test_a_signal_during_a_validation_puts_it_off(make_trainer, tmp_path):
 
     def signalled(row):
         os.kill(os.getpid(), signal.SIGTERM)
+        if waiting:
+            raise Stopped
         return draw(row)
 
     validation_reader._draw = signalled
