@@ -15,6 +15,7 @@ from parity import CALM, FLOAT32, FLOAT64
 
 from titans_pretrain.commands import train as command
 from titans_pretrain.config import load_config
+from titans_pretrain.hf.export import export_checkpoint
 from titans_pretrain.parallel.mesh import leave_mesh
 from titans_pretrain.training.loggers import read_metrics
 from titans_pretrain.training.trainer import Trainer
@@ -116,3 +117,21 @@ def test_two_processes_log_what_one_does(ranks, data, alone, tmp_path, parallel)
             if key.startswith("memory."):  # a mean over calls, of which a sequence in segments has more
                 continue
             assert line[key] == pytest.approx(reference[key], rel=limit), (key, line, reference)
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_an_export_as_one_does(ranks, data, tmp_path):
+    """The first one imports it, alone; where that fails, all say why."""
+    settings = settings_of(data, tmp_path / "first", torch.float32) | {"train.steps": 1, "train.eval_every": 0}
+    assert run_train(settings, torch.float32) == 0
+    export_checkpoint(tmp_path / "first", tmp_path / "export")
+    settings["train.init_from"] = tmp_path / "export"
+    assert run_train(settings | {"run.dir": tmp_path / "one"}, torch.float32) == 0
+    two = ranks(2)
+    assert two.run(run_train, settings | {"run.dir": tmp_path / "two"}, torch.float32) == [0, 0]
+    one, both = (read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("one", "two"))
+    fresh = read_metrics(tmp_path / "first/metrics.jsonl")[0]
+    assert both["loss"] == pytest.approx(one["loss"], rel=FLOAT32) and one["loss"] < fresh["loss"]
+    next((tmp_path / "export").glob("*.safetensors")).unlink()
+    with pytest.raises(Exception, match="train.init_from=.*safetensors is not there"):
+        two.run(run_train, settings | {"run.dir": tmp_path / "three"}, torch.float32)

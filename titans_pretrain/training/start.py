@@ -1,11 +1,14 @@
 """Where training starts: nowhere yet, the run's own newest checkpoint that is whole, or another run's."""
 
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from titans_pretrain.checkpoint import check_checkpoint, checkpoints, find_checkpoint, latest_checkpoint
-from titans_pretrain.checkpoint.together import DamagedCheckpoint, rank, world
+from titans_pretrain.checkpoint.together import DamagedCheckpoint, from_all, rank
 from titans_pretrain.config import Config, changed_keys, load_run_config
 
 # These change how the model computes, not what: they may differ from the checkpoint's.
@@ -48,16 +51,25 @@ def find_start(config: Config) -> Start:
 
 def _initial_weights(source: Path, run_dir: Path) -> Path:
     """The checkpoint that train.init_from means; of an export it is made, once, in RUN/init_from."""
-    from titans_pretrain.hf.importing import is_export, write_checkpoint
+    from titans_pretrain.hf.importing import is_export
 
     if not is_export(source):
         return find_checkpoint(source)
-    if world() > 1:  # every process would hold the whole model
-        raise ValueError(
-            f"train.init_from={source} is an export, which one process reads; for several make a run of it first: "
-            f"`titans-pretrain import {source} RUN`, then train.init_from=RUN"
-        )
-    return write_checkpoint(source, run_dir / "init_from")
+    refused = _import_alone(source, run_dir / "init_from") if rank() == 0 else None
+    for told in from_all(refused):
+        if told is not None:
+            raise ValueError(f"train.init_from={source}: {told}")
+    return find_checkpoint(run_dir / "init_from")
+
+
+def _import_alone(source: Path, folder: Path) -> str | None:
+    """`titans-pretrain import` in a process of its own, whose memory holds the whole model while no other does. Its error."""
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "titans_pretrain", "import", str(source), str(folder)]
+    alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    ended = subprocess.run(command, env=alone, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    last = ended.stderr.strip().splitlines()[-1:] or [f"the import ended with {ended.returncode}"]
+    return last[0].removeprefix("error: ") if ended.returncode else None
 
 
 def _newest_whole(newest: Path) -> Path:

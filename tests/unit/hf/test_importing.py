@@ -73,6 +73,12 @@ def test_a_run_starts_from_an_export(exported, tmp_path):
     config.model = ModelConfig(variant="lmm")
     with pytest.raises(ValueError, match="was written by another model"):
         find_start(config)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    config.train.init_from = str(broken)
+    with pytest.raises(ValueError, match="^train.init_from=.*broken holds a model of the kind None, not an export"):
+        find_start(config)
 
 
 def test_what_does_not_fit_is_refused(exported, tmp_path):
