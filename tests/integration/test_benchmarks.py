@@ -53,6 +53,13 @@ def test_the_study_of_the_inner_step_goes_on_where_it_stopped(tmp_path):
     assert "| transformer |" in report and len(results.read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
+def test_what_generation_holds_is_measured():
+    points = [common.run_point("benchmarks.generation", {"variant": "mag", "tokens": n}) for n in (256, 2048)]
+    assert points[0]["state"] == points[1]["state"] > 0
+    assert all(p["read"] > 0 and p["written"] > 0 and p["peak"] >= p["before"] for p in points)
+
+
 def touch(mebibytes: int) -> None:
     with mmap.mmap(-1, mebibytes << 20) as pages:
         for start in range(0, len(pages), mmap.PAGESIZE):

@@ -99,6 +99,11 @@ class TitansModel(Stack, TitansPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("a Titans model reads input_ids or inputs_embeds; give one of them")
         x = inputs_embeds if input_ids is None else input_ids
+        if 0 in x.shape[:2]:
+            raise ValueError(
+                "there is no token to read; to generate behind a cache, give the text that it has read as well, or a cache that "
+                "TitansCache.load made"
+            )
         if input_ids is not None:
             check_values(self.config, input_ids, None)
         every = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
