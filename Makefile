@@ -72,6 +72,7 @@ bench: install
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.parallel
 	$(BIN)/python -m benchmarks.long_context
+	$(BIN)/python -m benchmarks.generation
 
 clean:
 	rm -rf $(VENV) build quickstart-run .pytest_cache .ruff_cache .hypothesis *.egg-info
