@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from titans_pretrain.kernels.memory_scan.triton.call import Call, Group, Tables, Tokens
-from titans_pretrain.kernels.memory_scan.triton.tile import dot, rows_that_exist, tile_start, token_index
+from titans_pretrain.kernels.memory_scan.triton.tile import rows_that_exist, tile_start, token_index
 
 
 @triton.jit
@@ -17,12 +17,15 @@ def load_gate(gate, n, g, start, tokens, heads, gates, inert, BT: tl.constexpr):
 
 
 @triton.jit
-def decay_matrix(x, first, COLUMNS: tl.constexpr, BT: tl.constexpr):
-    """Columns first .. first + COLUMNS of prod_{i<s<=t} x_s at [t, i] for i <= t, 0 above the diagonal."""
-    t = tl.arange(0, BT)[:, None]
-    i = first + tl.arange(0, COLUMNS)[None, :]
-    factors = tl.where(t > i, x[:, None], 1.0)
-    return tl.where(t >= i, tl.cumprod(factors, 0), 0.0)
+def _then(x1, y1, x2, y2):
+    """y -> x1 y + y1, and then y -> x2 y + y2."""
+    return x1 * x2, x2 * y1 + y2
+
+
+@triton.jit
+def recurrence(x, added):
+    """y_t = x_t y_{t-1} + added_t from y = 0, over the first axis."""
+    return tl.associative_scan((x, added), 0, _then)[1]
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "offset", "first", "tiles"])
@@ -38,12 +41,11 @@ def tables_kernel(
     eta = load_gate(momentum, n, g, start, tokens, heads, GATES, 1.0, BT)
     exists = rows_that_exist(start, tokens, BT)
     row = tl.arange(0, BT)
-    forget_decay = decay_matrix(keep, 0, BT, BT)
     beta = tl.cumprod(keep, 0)
     m = tl.cumprod(eta, 0)
-    f = tl.sum(forget_decay * tl.where(exists, m, 0.0)[None, :], 1)
+    # A row that does not exist adds nothing to G and f: the last row's values are then those of the last token.
+    f = recurrence(keep, tl.where(exists, m, 0.0))
     at_end = row == BT - 1
-    decay_to_end = tl.sum(tl.where(at_end[:, None], forget_decay, 0.0), 0)
 
     place = tl.program_id(0).to(tl.int64)
     COLUMNS: tl.constexpr = 16  # at a time: so that a thread's registers suffice
@@ -52,13 +54,13 @@ def tables_kernel(
         written = (start + column >= 0) & (start + column < tokens)
         step = lr + token_index(n, start, tokens, heads) * GATES + g + column * (heads * GATES)
         theta = tl.load(step, mask=written, other=0.0).to(tl.float32)
-        # A row that does not exist adds nothing to G and f: the last row's values are then those of the last token.
-        N = decay_matrix(eta, first_column, COLUMNS, BT) * theta[None, :]
-        added = tl.where(exists[:, None], N, 0.0)
+        N = recurrence(
+            tl.broadcast_to(eta[:, None], [BT, COLUMNS]), tl.where(row[:, None] == column[None, :], theta[None, :], 0.0)
+        )
+        G = recurrence(tl.broadcast_to(keep[:, None], [BT, COLUMNS]), tl.where(exists[:, None], N, 0.0))
         square = row[:, None] * BT + column[None, :]
-        tl.store(masks + place * BT * BT + square, dot(decay_matrix(keep, 0, BT, BT), added))
-        # The last rows drive the state: sums in float32, not products on tensor cores.
-        tl.store(last + place * BT * 2 + column * 2, tl.sum(decay_to_end[:, None] * added, 0))
+        tl.store(masks + place * BT * BT + square, G)
+        tl.store(last + place * BT * 2 + column * 2, tl.sum(tl.where(at_end[:, None], G, 0.0), 0))
         tl.store(last + place * BT * 2 + column * 2 + 1, tl.sum(tl.where(at_end[:, None], N, 0.0), 0))
     tl.store(read + place * BT * 2 + row * 2, beta)
     tl.store(read + place * BT * 2 + row * 2 + 1, f)
