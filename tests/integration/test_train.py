@@ -301,6 +301,37 @@ def test_a_decay_branch_is_the_run_that_would_have_ended_there(train, tmp_path, 
     assert {line["lr"] for line in read_metrics(main / "metrics.jsonl") if line["step"] > 2 and "lr" in line} == {3e-3}
 
 
+def test_warm_ups_are_resumed_with_the_same_bits_and_targets(train, tmp_path):
+    """From a checkpoint before each change of the batch and of the row length; and what is trained on is what it is without cuts."""
+    warm = [
+        "train.global_batch=4",
+        "train.batch_warmup=[[0,1],[2,2],[4,4]]",
+        "train.checkpoint_every=1",
+        "train.keep_checkpoints=0",
+    ]
+    cut = [*warm, "data.seq_len_warmup=[[0,16],[3,32],[5,64]]", "train.steps=6", "train.eval_every=3"]
+    assert train(*cut) == 0
+    lines = without_clocks(tmp_path / "run")
+    assert {line["step"]: (line["global_batch"], line["seq_len"]) for line in lines if "lr" in line} == {
+        1: (1, 16), 2: (1, 16), 3: (2, 16), 4: (2, 32), 5: (4, 32), 6: (4, 64)
+    }  # fmt: skip
+    for step in (1, 3, 5):
+        run = tmp_path / f"from-{step}"
+        assert train(*cut, f"run.dir={run}", f"train.resume={tmp_path}/run/checkpoints/step-{step:08}") == 0
+        assert_same_tensors(tmp_path / "run/checkpoints/step-00000006", run / "checkpoints/step-00000006")
+        assert without_clocks(run) == [line for line in lines if line["step"] > step]
+    assert train(*warm, "train.steps=6", "train.eval_every=3", f"run.dir={tmp_path}/uncut") == 0
+    uncut = without_clocks(tmp_path / "uncut")
+    assert [line["tokens"] for line in uncut] == [line["tokens"] for line in lines]
+    assert [line["validation_tokens"] for line in uncut if "validation_tokens" in line] == [
+        line["validation_tokens"] for line in lines if "validation_tokens" in line
+    ]
+    ends = [
+        json.loads((tmp_path / run / "checkpoints/step-00000006/trainer.json").read_text()) for run in ("run", "uncut")
+    ]
+    assert ends[0]["reader"] == ends[1]["reader"]
+
+
 def test_a_decay_that_would_have_begun_before_its_branch_is_told(train, tmp_path, capsys):
     assert train("train.schedule=constant", "train.steps=6", "train.eval_every=0") == 0
     off = [f"run.dir={tmp_path}/branch", f"train.resume={tmp_path}/run", "train.schedule=wsd"]
