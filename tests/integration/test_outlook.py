@@ -67,6 +67,8 @@ def test_padding_and_epochs_are_warned_of_with_their_numbers():
     assert run_warnings(config, None, 1, (103, 103)) == []  # 99.4 epochs
     (told,) = run_warnings(config, None, 1, (102, 102))
     assert told.startswith("warning: 20 steps read the 102 training tokens 100 times")
+    warm = load_config(TINY, ["train.batch_warmup=[[0,2],[10,4]]"])
+    assert run_warnings(warm, None, 1, (102, 102)) == []  # 75 epochs
 
 
 def test_the_size_of_an_epoch_is_that_of_its_rows(data):

@@ -11,8 +11,8 @@ import yaml
 
 from benchmarks.common import flop_counter
 from titans_pretrain import cli
-from titans_pretrain.commands.layout import build_layout, ring_efficiency, state_bytes
-from titans_pretrain.commands.plan import flops_per_token, parameters_by_part
+from titans_pretrain.commands.layout import build_layout, needed_memory, ring_efficiency, state_bytes
+from titans_pretrain.commands.plan import flops_per_token, parameters_by_part, plan, run_flops
 from titans_pretrain.config import load_config
 from titans_pretrain.config.load import from_dict
 from titans_pretrain.models import build_model
@@ -52,6 +52,35 @@ def test_plan_prints_what_the_model_is(data, capsys):
     assert "training tokens: 0.2" in found["data"]  # 20 steps of 512 tokens out of 44,763
     assert not found.keys() & {"processes", "stages", "segments", "state", "ring", "ZeRO"}
     assert planned(capsys, TINY)["data"] == "data.path is not set"
+
+
+def test_plan_counts_the_steps_of_a_warm_up(data, capsys):
+    """Every step by itself: rows, and FLOPs at its length."""
+    warm = ["train.global_batch=8", "train.batch_warmup=[[0,2],[3,4],[15,8]]", "data.seq_len_warmup=[[0,32],[4,128]]"]
+    config = load_config(TINY, warm)
+    rows = [2] * 3 + [4] * 12 + [8] * 5
+    flops = [n * 128 * flops_per_token(config, 32 if step < 4 else 128)[1] for step, n in enumerate(rows)]
+    found = planned(capsys, TINY, *warm, f"data.path={data}")
+    assert found["rows before"] == "2 up to step 3, 4 up to step 15"
+    assert found["tokens in a row before"] == "32 up to step 4"
+    assert found["micro-batches"] == "4 of 2 rows"
+    text = [line.split() for line in plan(config).splitlines() if line.strip().startswith(("tokens  ", "FLOPs  "))]
+    assert text[2][1] == f"{sum(rows) * 128:,}" and text[3][1] == f"{sum(flops):.2e}"
+    assert f"{sum(rows) * 128 / 44763:.2f} epochs" in found["data"]
+    assert run_flops(load_config(TINY, [*warm, "train.steps=3"])) == pytest.approx(sum(flops[:3]))
+
+
+def test_plan_takes_the_row_length_that_needs_most():
+    """Short rows have a memory state each; long ones more of attention's."""
+    one = ["train.micro_batch=1", "train.global_batch=1"]
+    warm = load_config(TINY, [*one, "data.seq_len_warmup=[[0,16],[4,128]]"])
+    alike = [
+        load_config(TINY, ["train.micro_batch=8", "train.global_batch=8", "data.seq_len=16"]),
+        load_config(TINY, one),
+    ]
+    parts = [build_layout(config).memory(0) for config in alike]
+    assert sum(parts[0].values()) != sum(parts[1].values())
+    assert needed_memory(warm, None) == max(parts, key=lambda found: sum(found.values()))
 
 
 @pytest.mark.parametrize(("variant", "recompute"), [*((variant, "none") for variant in VARIANTS), ("mag", "block")])

@@ -276,6 +276,71 @@ def loses():
     return call
 
 
+def test_a_decay_branch_is_the_run_that_would_have_ended_there(train, tmp_path, capsys):
+    """The recipe of docs/training.md: off a run without an end; that run is left as it is and goes on."""
+    main, branch = tmp_path / "run", tmp_path / "run-decayed"
+    assert train("train.schedule=constant", "train.steps=6", "train.checkpoint_every=2", "train.warmup_steps=2") == 0
+    before = files_of(main)
+    decays = ["train.schedule=wsd", "train.steps=7", "train.decay_steps=3"]
+    off = [f"run.dir={branch}", f"train.resume={main}/checkpoints/step-00000004"]
+    capsys.readouterr()
+    assert cli.main(["train", f"{main}/config.yaml", *off, *decays]) == 0
+    shown = capsys.readouterr().out
+    assert "  train.schedule: constant -> wsd" in shown and "warning: the learning rate" not in shown
+    assert files_of(main) == before
+
+    straight = [f"run.dir={tmp_path}/straight", "train.warmup_steps=2", "train.checkpoint_every=2"]
+    assert train(*decays, *straight) == 0
+    ended = [folder / "checkpoints/step-00000007" for folder in (tmp_path / "straight", branch)]
+    assert_same_tensors(*ended)
+    assert len({(folder / "trainer.json").read_bytes() for folder in ended}) == 1
+    assert without_clocks(branch) == [line for line in without_clocks(tmp_path / "straight") if line["step"] > 4]
+    rates = [line["lr"] for line in read_metrics(branch / "metrics.jsonl") if "lr" in line]
+    assert rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(1e-5)
+    assert train("train.schedule=constant", "train.steps=8", "train.warmup_steps=2") == 0
+    assert {line["lr"] for line in read_metrics(main / "metrics.jsonl") if line["step"] > 2 and "lr" in line} == {3e-3}
+
+
+def test_warm_ups_are_resumed_with_the_same_bits_and_targets(train, tmp_path):
+    """From a checkpoint before each change of the batch and of the row length; and what is trained on is what it is without cuts."""
+    warm = [
+        "train.global_batch=4",
+        "train.batch_warmup=[[0,1],[2,2],[4,4]]",
+        "train.checkpoint_every=1",
+        "train.keep_checkpoints=0",
+    ]
+    cut = [*warm, "data.seq_len_warmup=[[0,16],[3,32],[5,64]]", "train.steps=6", "train.eval_every=3"]
+    assert train(*cut) == 0
+    lines = without_clocks(tmp_path / "run")
+    assert {line["step"]: (line["global_batch"], line["seq_len"]) for line in lines if "lr" in line} == {
+        1: (1, 16), 2: (1, 16), 3: (2, 16), 4: (2, 32), 5: (4, 32), 6: (4, 64)
+    }  # fmt: skip
+    for step in (1, 3, 5):
+        run = tmp_path / f"from-{step}"
+        assert train(*cut, f"run.dir={run}", f"train.resume={tmp_path}/run/checkpoints/step-{step:08}") == 0
+        assert_same_tensors(tmp_path / "run/checkpoints/step-00000006", run / "checkpoints/step-00000006")
+        assert without_clocks(run) == [line for line in lines if line["step"] > step]
+    assert train(*warm, "train.steps=6", "train.eval_every=3", f"run.dir={tmp_path}/uncut") == 0
+    uncut = without_clocks(tmp_path / "uncut")
+    assert [line["tokens"] for line in uncut] == [line["tokens"] for line in lines]
+    assert [line["validation_tokens"] for line in uncut if "validation_tokens" in line] == [
+        line["validation_tokens"] for line in lines if "validation_tokens" in line
+    ]
+    ends = [
+        json.loads((tmp_path / run / "checkpoints/step-00000006/trainer.json").read_text()) for run in ("run", "uncut")
+    ]
+    assert ends[0]["reader"] == ends[1]["reader"]
+
+
+def test_a_decay_that_would_have_begun_before_its_branch_is_told(train, tmp_path, capsys):
+    assert train("train.schedule=constant", "train.steps=6", "train.eval_every=0") == 0
+    off = [f"run.dir={tmp_path}/branch", f"train.resume={tmp_path}/run", "train.schedule=wsd"]
+    capsys.readouterr()
+    assert train(*off, "train.steps=8", "train.decay_steps=4", "train.eval_every=0") == 0
+    told = capsys.readouterr().out
+    assert "falls from step 4 on, which is before this checkpoint" in told and "set train.steps=10" in told
+
+
 def test_at_the_end_nothing_but_the_checkpoint_decides_the_exit_code(train, tmp_path, monkeypatch, capsys):
     from titans_pretrain.commands import train as command
     from titans_pretrain.training.loggers import JsonlLogger

@@ -33,6 +33,32 @@ def test_the_data_parallel_degree_is_what_the_others_leave():
             1,
             "stages_per_rank=2 .* parallel.pp=1 has no pipeline",
         ),
+        (
+            {"train": {"batch_warmup": [[0, 4], [5, 16]]}},
+            4,
+            "train.batch_warmup=4 must be a multiple .* = 8; try train.batch_warmup=8",
+        ),
+        (
+            {"parallel": {"pp": 4}, "train": {"batch_warmup": [[0, 4], [5, 16]]}},
+            4,
+            "parallel.pp=4 needs as many micro-batches in a step, got 2: try train.batch_warmup=8",
+        ),
+        (
+            {
+                "parallel": {"pp": 2, "pipeline_schedule": "interleaved", "stages_per_rank": 2},
+                "train": {"batch_warmup": [[0, 10], [5, 16]]},
+            },
+            2,
+            "micro-batches in 2 equal rounds, got 5: try train.batch_warmup=8",
+        ),
+        (
+            {
+                "parallel": {"tp": 2, "sequence_parallel": True},
+                "data": {"seq_len": 1026, "seq_len_warmup": [[0, 171], [5, 1026]], "reset_documents": False},
+            },
+            2,
+            "segments of a multiple of parallel.tp=2 tokens, got data.seq_len_warmup=171",
+        ),
         ({"parallel": {"inflight": 2}}, 1, "parallel.inflight=2 fills a context-parallel ring"),
         ({"parallel": {"zero_stage": 2, "pp": 2}}, 2, "use parallel.zero_stage=1"),
         ({"parallel": {"zero_stage": 3, "cp": 2}}, 2, "at different layers; use parallel.zero_stage=2"),

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -32,7 +32,7 @@ class Layout:
 
     @property
     def micro_batches(self) -> int:
-        """Of a data-parallel rank in a step."""
+        """Of a data-parallel rank in a step, after train.batch_warmup."""
         return self.config.train.global_batch // (self.config.train.micro_batch * self.dp)
 
     @property
@@ -108,6 +108,25 @@ def build_layout(config: Config, processes: int | None = None) -> Layout:
     dp = check_layout(config, processes or p.tp * p.cp * p.pp)
     with one_rank(config) as model:
         return Layout(config, dp, model)
+
+
+def needed_memory(config: Config, processes: int | None) -> dict[str, float]:
+    """Bytes of the process that needs most, by part, at the row length of a run that needs most."""
+    found = []
+    for length in config.data.lengths:
+        layout = build_layout(with_rows_of(config, length), processes)
+        found.append(layout.memory(layout.fullest))
+    return max(found, key=lambda parts: sum(parts.values()))
+
+
+def with_rows_of(config: Config, length: int) -> Config:
+    """The config of a run whose rows all have the length that data.seq_len_warmup gives them for a while."""
+    data, train, n = config.data, config.train, config.data.seq_len // length
+    return replace(
+        config,
+        data=replace(data, seq_len=length, seq_len_warmup=[]),
+        train=replace(train, micro_batch=train.micro_batch * n, global_batch=train.global_batch * n, batch_warmup=[]),
+    )
 
 
 @contextlib.contextmanager

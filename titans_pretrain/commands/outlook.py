@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from titans_pretrain.commands.layout import build_layout
+from titans_pretrain.commands.layout import needed_memory
 from titans_pretrain.commands.plan import flops_per_token
 from titans_pretrain.config import Config
 from titans_pretrain.models import build_model
@@ -45,12 +45,6 @@ def memory_warning(config: Config, device: torch.device, processes: int) -> str 
     )
 
 
-def needed_memory(config: Config, processes: int) -> dict[str, float]:
-    """Bytes of the process that needs most, by part."""
-    layout = build_layout(config, processes)
-    return layout.memory(layout.fullest)
-
-
 def run_warnings(config: Config, peak: float | None, processes: int, epoch: tuple[int, int]) -> list[str]:
     """peak: FLOP/s of a process's device; epoch: its tokens and columns, see epoch_size."""
     told, train, padding = [], config.train, 1 - epoch[0] / max(1, epoch[1])
@@ -67,7 +61,7 @@ def run_warnings(config: Config, peak: float | None, processes: int, epoch: tupl
             f"{config.model.document_multiple} tokens only; lower model.memory.chunk_size (mac: model.mac.segment), or set "
             "data.reset_documents=false"
         )
-    epochs = train.steps * columns / max(1, epoch[1])
+    epochs = train.rows_until(train.steps) * config.data.seq_len / max(1, epoch[1])
     if epochs > MANY_EPOCHS:
         told.append(
             f"warning: {train.steps:,} steps read the {epoch[0]:,} training tokens {epochs:,.0f} times; lower train.steps"

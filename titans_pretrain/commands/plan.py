@@ -1,9 +1,11 @@
 """What a config amounts to, before anything runs: parameters, FLOPs, layout, memory, and steps against data."""
 
+import itertools
+
 import torch
 from torch import nn
 
-from titans_pretrain.commands.layout import Layout, build_layout, ring_efficiency
+from titans_pretrain.commands.layout import Layout, build_layout, needed_memory, ring_efficiency
 from titans_pretrain.commands.table import format_table
 from titans_pretrain.config import Config
 from titans_pretrain.models import build_model
@@ -24,7 +26,8 @@ def plan(config: Config, processes: int | None = None) -> str:
     total = sum(parts.values())
     forward, training = flops_per_token(config)
     tokens = config.train.global_batch * config.data.seq_len
-    memory = layout.memory(layout.fullest)
+    all_tokens = config.train.rows_until(config.train.steps) * config.data.seq_len
+    memory = needed_memory(config, processes)
     memory["all"] = sum(memory.values())
     tables = {
         "parameters": {**{k: f"{v:,}" for k, v in parts.items()}, "total": f"{total:,}"},
@@ -34,17 +37,28 @@ def plan(config: Config, processes: int | None = None) -> str:
             + (f" on each of {layout.dp} data-parallel ranks" if layout.dp > 1 else ""),
             "FLOPs per token": f"{training / 1e6:,.1f} M in training, {forward / 1e6:,.1f} M forward",
             "FLOPs": f"{training * tokens / 1e12:,.2f} T",
-        },
+        }
+        | _warmups(config),
         "layout": _layout(layout),
         "memory of a process, estimated": {k: f"{v / 2**20:,.0f} MiB" for k, v in memory.items()},
         "the run": {
             "steps": f"{config.train.steps:,}",
-            "tokens": f"{tokens * config.train.steps:,} ({tokens * config.train.steps / total:.1f} per parameter)",
-            "FLOPs": f"{training * tokens * config.train.steps:.2e}",
-            "data": _data(config, tokens * config.train.steps),
+            "tokens": f"{all_tokens:,} ({all_tokens / total:.1f} per parameter)",
+            "FLOPs": f"{run_flops(config):.2e}",
+            "data": _data(config, all_tokens),
         },
     }
     return "\n\n".join(f"{title}\n{format_table(rows)}" for title, rows in tables.items() if rows)
+
+
+def _warmups(config: Config) -> dict[str, str]:
+    """Before the steps that the other rows describe."""
+    pairs = {"rows before": config.train.batch_warmup, "tokens in a row before": config.data.seq_len_warmup}
+    return {
+        name: ", ".join(f"{value:,} up to step {stop:,}" for (_, value), (stop, _) in itertools.pairwise(steps))
+        for name, steps in pairs.items()
+        if len(steps) > 1
+    }
 
 
 def _layout(layout: Layout) -> dict[str, str]:
@@ -99,11 +113,20 @@ def _part(name: str) -> str:
     return "norms and the rest"
 
 
-def flops_per_token(config: Config) -> tuple[float, float]:
-    """Matrix-product FLOPs of one token: (forward, a training step). In segments, recomputation runs the head again too."""
+def run_flops(config: Config) -> float:
+    """Of all steps, as the warm-ups have them."""
+    train, data = config.train, config.data
+    starts = [0, *(start for start, _ in data.seq_len_warmup[1:] if start < train.steps)]
+    rows = [train.rows_until(stop) - train.rows_until(start) for start, stop in zip(starts, [*starts[1:], train.steps])]
+    return sum(n * data.seq_len * flops_per_token(config, data.length_at(start))[1] for n, start in zip(rows, starts))
+
+
+def flops_per_token(config: Config, length: int | None = None) -> tuple[float, float]:
+    """Matrix-product FLOPs of one token: (forward, a training step). In segments, recomputation runs the head again too. length:
+    tokens in a row; None: data.seq_len."""
     head = 2 * config.model.dim * config.model.vocab_size
     recomputed = config.train.recompute != "none"
-    layers = [layer_flops(layer, config.data.seq_len) for layer in config.model.layer_configs]
+    layers = [layer_flops(layer, length or config.data.seq_len) for layer in config.model.layer_configs]
     training = (3 + (recomputed and needs_segments(config))) * head + sum(f.training(recomputed) for f in layers)
     return head + sum(f.forward for f in layers), training
 
@@ -112,8 +135,7 @@ def _data(config: Config, tokens: int) -> str:
     from titans_pretrain.data import open_manifest
     from titans_pretrain.data.storage import Folder
 
-    paths = list(config.data.mixture) or ([config.data.path] if config.data.path else [])
-    if not paths:
+    if not (paths := config.data.folders):
         return "data.path is not set"
     try:
         found = sum(open_manifest(Folder(p, config.data.cache_dir)).totals("train")["tokens"] for p in paths)

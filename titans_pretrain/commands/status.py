@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from titans_pretrain.commands.jobs import job_state, jobs_folder, last_words, newest_job
-from titans_pretrain.config import load_run_config
+from titans_pretrain.config import TrainConfig, load_run_config
 from titans_pretrain.training.loggers import read_metrics
 from titans_pretrain.training.progress import format_seconds
 
@@ -25,14 +25,15 @@ def status(run_dir: str) -> str:
     job = newest_job(run)
     return "\n".join(
         [
-            _progress(lines, load_run_config(folder).train.steps),
+            _progress(lines, load_run_config(folder).train),
             _who(run, job),
             f"{_checkpoint(run)}; {_event(run, job, lines)}",
         ]
     )
 
 
-def _progress(lines: list[dict], steps: int) -> str:
+def _progress(lines: list[dict], train: TrainConfig) -> str:
+    steps, rows = train.steps, train.rows_until
     recent = [line for line in lines if math.isfinite(line.get("loss", math.nan))][
         -RECENT:
     ]  # not those of skipped steps
@@ -40,13 +41,13 @@ def _progress(lines: list[dict], steps: int) -> str:
         return f"no step yet of {steps:,}"
     first, last = recent[0], recent[-1]
     speed = sum(line["tokens_per_second"] for line in recent) / len(recent)
-    if (left := steps - last["step"]) <= 0:
+    if last["step"] >= steps:
         time_left = "done"
     elif len(recent) == 1 or not speed:
-        time_left = f"{left:,} steps left"
+        time_left = f"{steps - last['step']:,} steps left"
     else:
-        per_step = (last["tokens"] - first["tokens"]) / (last["step"] - first["step"]) / speed
-        time_left = f"{format_seconds(left * per_step)} left"
+        per_row = (last["tokens"] - first["tokens"]) / (rows(last["step"]) - rows(first["step"])) / speed
+        time_left = f"{format_seconds((rows(steps) - rows(last['step'])) * per_row)} left"
     loss = sum(line["loss"] for line in recent) / len(recent)
     return f"step {last['step']:,}/{steps:,}, loss {loss:.4f}, {speed:,.0f} tokens/s, {time_left}"
 

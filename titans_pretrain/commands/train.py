@@ -32,6 +32,7 @@ from titans_pretrain.training.gauge import Gauge
 from titans_pretrain.training.health import HealthHook
 from titans_pretrain.training.hooks import Hook
 from titans_pretrain.training.loggers import build_loggers
+from titans_pretrain.training.optimizer import learning_rate
 from titans_pretrain.training.plot import plot_loss
 from titans_pretrain.training.profiler import Profiler
 from titans_pretrain.training.progress import Progress
@@ -126,7 +127,7 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start,
         save_config(config, run_dir / "config.yaml")
         copy_tokenizer(config, run_dir)
         loggers = build_loggers(config, run_dir, trainer.step, trainer.validated)
-        progress = Progress(config.train.steps, trainer.step, config.train.log_every)
+        progress = Progress(config.train.steps, trainer.step, config.train.log_every, config.train.rows_until)
         where = f"on {mesh.device}" if mesh.world == 1 else f"on {mesh.world} processes ({describe(mesh)})"
         progress.note(
             f"{'+'.join(config.model.variants)}, {parameters / 1e6:.2f}M parameters, {where}; run folder {run_dir}"
@@ -179,6 +180,13 @@ def _told(start: Start, trainer: Trainer) -> list[str]:
             + ("" if start.data else "; data from the beginning")
         ]
     lines += [f"  {change}" for change in start.changes]
+    train = trainer.config.train
+    falls = train.steps - train.decay_steps
+    if train.schedule == "wsd" and start.branches and falls < trainer.step < train.steps:
+        lines.append(
+            f"warning: the learning rate falls from step {falls} on, which is before this checkpoint, and begins at "
+            f"{learning_rate(trainer.step + 1, train):.2e}; for all of the decay set train.steps={trainer.step + train.decay_steps}"
+        )
     if trainer.step >= trainer.config.train.steps:
         lines.append(f"nothing left to train: train.steps={trainer.config.train.steps}")
     return lines

@@ -19,11 +19,16 @@ def locate(config: Config) -> None:
         train.resume = _absolute(train.resume)
     if train.init_from:
         train.init_from = _absolute(train.init_from)
-    folders = [_absolute(path) for path in data.mixture]
+    data.mixture = _located("data.mixture", data.mixture)
+    data.mixture_schedule = [[n, _located("data.mixture_schedule", mix)] for n, mix in data.mixture_schedule]
+
+
+def _located(key: str, mixture: dict[str, float]) -> dict[str, float]:
+    folders = [_absolute(path) for path in mixture]
     for i, path in enumerate(folders):
         if path in folders[:i]:
-            raise ValueError(f"data.mixture names {path} twice; give each folder once")
-    data.mixture = dict(zip(folders, data.mixture.values(), strict=True))
+            raise ValueError(f"{key} names {path} twice; give each folder once")
+    return dict(zip(folders, mixture.values(), strict=True))
 
 
 def expand_home(path: str) -> str:

@@ -19,7 +19,8 @@ def refuse_commands(config: Config, overrides: Sequence[str] = ()) -> None:
     for override in parse_overrides(overrides):
         if isinstance(data := override.get("data"), dict):
             given |= {data.get("path"), *(data.get("mixture") or ())}
-    for path in (config.data.path or "", *config.data.mixture):
+            given |= {path for _, mixture in data.get("mixture_schedule") or () for path in mixture}
+    for path in config.data.folders:
         if (path.startswith("pipe:") or ("::" in path and "://" in path)) and escape(path) not in given:
             raise ValueError(
                 f"the run's own config reads its data by {path!r}; to allow it, give it again: 'data.path={path}'"

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from titans_pretrain.config.check import at_least, check_fields, setting
 from titans_pretrain.config.model import VARIANTS, ModelConfig
+from titans_pretrain.config.schedules import check_mixtures, check_warmup, check_weights, sum_until, value_at
 
 CONFIG_VERSION = 2
 
@@ -17,7 +18,15 @@ class DataConfig:
     seq_len: int = setting(
         4096, "tokens in a row; a multiple of the chunk (mac: segment) unless reset_documents is false"
     )
+    seq_len_warmup: list[list[int]] = setting(
+        list,
+        "[[STEP, TOKENS], ...]: after so many steps rows are cut into rows of so many tokens, a divisor of seq_len; from "
+        "[0, TOKENS] to [STEP, seq_len]",
+    )
     mixture: dict[str, float] = setting(dict, "{FOLDER: WEIGHT, ...} instead of path")
+    mixture_schedule: list[list[Any]] = setting(
+        list, "[[TOKENS, {FOLDER: WEIGHT, ...}], ...]: what the mixture becomes once so many tokens were read"
+    )
     reset_documents: bool = setting(True, "each document starts from the initial state; false concatenates them")
     split_long_documents: bool = setting(
         True, "documents are cut wherever a row ends; false: only those longer than a row"
@@ -28,11 +37,36 @@ class DataConfig:
     def __post_init__(self):
         check_fields(self, "data")
         at_least("data.seq_len", self.seq_len, 1)
-        for path, weight in self.mixture.items():
-            if not weight > 0:
-                raise ValueError(f"data.mixture gives {path!r} the weight {weight}; weights must be positive")
+        check_warmup("data.seq_len_warmup", self.seq_len_warmup, "data.seq_len", self.seq_len)
+        for length in self.lengths:
+            if self.seq_len % length:
+                raise ValueError(
+                    f"data.seq_len_warmup has {length} tokens, which do not divide data.seq_len={self.seq_len}"
+                )
+        if self.mixture:
+            check_weights("data.mixture", self.mixture)
+        check_mixtures("data.mixture_schedule", self.mixture_schedule)
+        if self.mixture_schedule and not self.mixture:
+            raise ValueError("data.mixture_schedule changes data.mixture, which is not set; give {FOLDER: WEIGHT, ...}")
         if self.path and self.mixture:
             raise ValueError("data.path and data.mixture are both set; give one of them")
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the rows of a run, in order."""
+        return [length for _, length in self.seq_len_warmup] or [self.seq_len]
+
+    def length_at(self, steps: int) -> int:
+        """Tokens in a row after so many steps."""
+        return value_at(self.seq_len_warmup, steps, self.seq_len)
+
+    @property
+    def folders(self) -> list[str]:
+        """All that are ever read."""
+        mixtures = [self.mixture, *(weights for _, weights in self.mixture_schedule)]
+        return list(dict.fromkeys(folder for weights in mixtures for folder in weights)) or [self.path] * bool(
+            self.path
+        )
 
 
 @dataclass
@@ -55,6 +89,11 @@ class TrainConfig:
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
     micro_batch: int = setting(8, "rows in one forward pass")
     global_batch: int = setting(8, "rows in one step, a multiple of micro_batch")
+    batch_warmup: list[list[int]] = setting(
+        list,
+        "[[STEP, ROWS], ...]: after so many steps a step has so many rows, each a multiple of micro_batch; from [0, ROWS] to "
+        "[STEP, global_batch]",
+    )
     precision: Literal["fp32", "bf16"] = setting(
         "fp32", "bf16: autocast over float32 parameters; with zero_stage bfloat16 parameters with float32 masters"
     )
@@ -126,11 +165,13 @@ class TrainConfig:
                 raise ValueError(f"train.{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.min_lr > self.lr:
             raise ValueError(f"train.min_lr={self.min_lr} is above train.lr={self.lr}; lower it")
-        if self.global_batch % self.micro_batch:
-            raise ValueError(
-                f"train.global_batch={self.global_batch} must be a multiple of train.micro_batch={self.micro_batch}; "
-                f"try {-(-self.global_batch // self.micro_batch) * self.micro_batch}"
-            )
+        check_warmup("train.batch_warmup", self.batch_warmup, "train.global_batch", self.global_batch)
+        for key, batch in self.batches:
+            if batch % self.micro_batch:
+                raise ValueError(
+                    f"{key}={batch} must be a multiple of train.micro_batch={self.micro_batch}; "
+                    f"try {-(-batch // self.micro_batch) * self.micro_batch}"
+                )
         if self.truncate_state_gradient_every is not None:
             at_least("train.truncate_state_gradient_every", self.truncate_state_gradient_every, 1)
         if not self.resume:
@@ -147,8 +188,24 @@ class TrainConfig:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches in one step."""
+        """Micro-batches in one step, after the warm-up."""
         return self.global_batch // self.micro_batch
+
+    @property
+    def batches(self) -> list[tuple[str, int]]:
+        """Rows of the steps of a run, and the keys that say so."""
+        return [
+            ("train.global_batch", self.global_batch),
+            *(("train.batch_warmup", n) for _, n in self.batch_warmup[:-1]),
+        ]
+
+    def batch_at(self, steps: int) -> int:
+        """Rows of the step after so many."""
+        return value_at(self.batch_warmup, steps, self.global_batch)
+
+    def rows_until(self, steps: int) -> int:
+        """Rows of the first so many steps together."""
+        return sum_until(self.batch_warmup, steps, self.global_batch)
 
 
 @dataclass
@@ -228,30 +285,40 @@ class Config:
     )
     version: int = setting(CONFIG_VERSION, "of this schema")
 
+    def warming(self, steps: int) -> dict[str, int]:
+        """What warm-ups make of the step after so many, for its line in the metrics."""
+        batch = {"global_batch": self.train.batch_at(steps)} if self.train.batch_warmup else {}
+        return batch | ({"seq_len": self.data.length_at(steps)} if self.data.seq_len_warmup else {})
+
     def __post_init__(self):
         check_fields(self)
+        for length in reversed(self.data.lengths):
+            key = "data.seq_len" if length == self.data.seq_len else "data.seq_len_warmup"
+            self._check_length(key, length)
+            self._check_segments(key, length)
+
+    def _check_length(self, key: str, length: int) -> None:
         multiple = self.model.document_multiple
-        if self.data.reset_documents and self.data.seq_len % multiple:
+        if self.data.reset_documents and length % multiple:
             source = "model.mac.segment" if VARIANTS[self.model.variant].segments else "model.memory.chunk_size"
             if self.model.pattern is not None:
                 source = "the least common multiple of the chunks and segments of model.pattern"
-            below, above = self.data.seq_len // multiple * multiple, -(-self.data.seq_len // multiple) * multiple
+            below, above = length // multiple * multiple, -(-length // multiple) * multiple
             raise ValueError(
-                f"data.seq_len={self.data.seq_len} must be a multiple of {source}={multiple}, where documents may start; "
+                f"{key}={length} must be a multiple of {source}={multiple}, where documents may start; "
                 f"try {f'{below} or {above}' if below else above}, or data.reset_documents=false"
             )
-        self._check_segments()
 
-    def _check_segments(self) -> None:
+    def _check_segments(self, key: str, total: int) -> None:
         """The cuts of the sequence: segments of equal length, each starting where documents may."""
-        parts, multiple, total = self.parallel.segments, self.model.document_multiple, self.data.seq_len
+        parts, multiple = self.parallel.segments, self.model.document_multiple
         if parts > 1 and total % (parts * multiple):
             unit = parts * multiple
             above = -(-total // unit) * unit
             raise ValueError(
-                f"data.seq_len={total} must divide into parallel.cp={self.parallel.cp} * parallel.segments_per_rank="
+                f"{key}={total} must divide into parallel.cp={self.parallel.cp} * parallel.segments_per_rank="
                 f"{self.parallel.segments_per_rank} segments, each a multiple of {multiple} (the memory's chunk, for mac its "
-                f"segment); try data.seq_len={above}"
+                f"segment); try {key}={above}"
             )
         every = self.train.truncate_state_gradient_every
         if every is not None and every % (total // parts):

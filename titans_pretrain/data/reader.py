@@ -4,12 +4,14 @@ How the order is made, and why it survives any change of the cluster:
 
 * A corpus is an endless sequence of *samples* of `seq_len` tokens (source.py, window.py, packing.py), a pure function
   of (seed, epoch, manifest). It is computed from document lengths alone; no token is read to know what lies where.
-* A mixture draws global sample g from the corpus that is furthest behind its share of the g samples so far.
+* A mixture draws global sample g from the corpus that is furthest behind its share of the g samples so far. Where
+  `data.mixture_schedule` changes the weights, or a restart does, the shares count from there.
 * One call of `next` on every rank takes the next `micro_batch * world` samples; rank r gets rows
   [r * micro_batch, (r + 1) * micro_batch) of them. All ranks therefore hold the same cursor at all times: how many
   samples each corpus has given, as (epoch, window, sample). Another number of ranks, or another micro-batch, goes on
   from it with exactly the samples not yet seen.
 * Context parallelism reads only its columns; labels are cut before, so the last column has its label too.
+* `data.seq_len_warmup` cuts each sample into several rows, side by side in the batch: order and cursor do not know of it.
 * With `data.on_bad_shard=skip` the processes agree, when a window opens and with every batch, on what none of them reads.
 
 One batch is read ahead, in a thread, unless reading is quick. A cursor never counts it: it tells what was given out.
@@ -22,8 +24,11 @@ last sample is filled up with inert tokens.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -48,7 +53,7 @@ class Stopped(Exception):
 
 
 class Batch(NamedTuple):
-    tokens: torch.Tensor  # int64 [micro_batch, columns]
+    tokens: torch.Tensor  # int64 [micro_batch, columns]; of cut rows [micro_batch * n, columns / n]
     labels: torch.Tensor  # int64, same shape: the next token of the document; -100 none
     positions: torch.Tensor  # int64, same shape: index in the document; 0 starts one, -1 is inert padding
 
@@ -62,7 +67,9 @@ class Reader:
         rank: int,
         world: int,
         micro_batch: int,
-        columns: list[range],
+        seq_len: int,
+        columns: Callable[[int], list[range]],
+        starts: list[int],
         identity: dict,
         *,
         rows: int | None,
@@ -70,21 +77,33 @@ class Reader:
         pinned: bool,
         stopped: Callable[[], bool],
     ):
-        """gather: None where nothing has to be agreed on."""
+        """columns: of a row of so many tokens, those that this process reads. starts: tokens before each mixture of the
+        schedule. gather: None where nothing has to be agreed on."""
         self.tokenizer = sources[0].manifest.tokenizer
         self._sources = sources
         self._rank, self._world, self._micro_batch = rank, world, micro_batch
-        self._columns = columns
-        self._width = sum(len(part) for part in columns)
+        self._seq_len, self._columns = seq_len, columns
+        self._starts, self._tokens = starts, 0  # tokens of all samples that were taken, padding included
+        self._counted = True  # False after a cursor of a release that did not count them
         self._identity = identity  # what a cursor depends on
         self._rows, self._drawn = rows, 0  # how many to give and how many were taken
         self._gather, self._pinned, self._stopped = gather, pinned, stopped
         self._endless = sources[0].endless
         self._absent: list[dict] = []  # cursors of corpora that have left the mixture and may come back
-        self._given = [source.state_dict() for source in sources]  # cursors after the last batch that was given out
+        self._given = self._cursor()  # after the last batch that was given out
         self._background = Background()
-        self._ahead: tuple[Batch, Future] | None = None  # the next batch, and the cursors after it once it is filled
+        self._ahead: tuple[Batch, Future] | None = None  # the next batch, and the cursor after it once it is filled
+        self._places: list[tuple[Window, int] | None] = []  # its samples
         self._took = SLOW  # seconds, the last one
+        self.cut_rows(seq_len)
+
+    def cut_rows(self, length: int) -> None:
+        """From the next batch on each sample is seq_len / length rows, in order: the same tokens and labels, and a document that
+        a row's end cuts goes on in the next row as one of its own. length: a divisor of seq_len that divides into the segments."""
+        assert self._seq_len % length == 0, f"rows of {length} tokens do not make up {self._seq_len}"
+        columns = self._columns(length)
+        self._rows_of_sample = [(start, columns) for start in range(0, self._seq_len, length)]
+        self._shape = self._micro_batch * len(self._rows_of_sample), sum(map(len, columns))
 
     def __iter__(self) -> Reader:
         return self
@@ -92,16 +111,19 @@ class Reader:
     def __next__(self) -> Batch:
         if self._ahead is None:
             self._begin()
-        batch, cursors = self._ahead
-        while not cursors.done():
+        batch, cursor = self._ahead
+        while not cursor.done():
             try:
-                cursors.exception(POLL)  # waits; an error is raised below
+                cursor.exception(POLL)  # waits; an error is raised below
             except TimeoutError:
                 if self._stopped():
                     raise Stopped from None
         self._ahead = None
-        if (given := cursors.result()) is None:
+        if (given := cursor.result()) is None:
             raise StopIteration
+        if batch.tokens.shape != self._shape:  # it was read ahead, before `cut_rows`
+            batch = self._empty()
+            self._read(self._places, self._rows_of_sample, [tensor.numpy() for tensor in batch])
         self._given = given
         if self._beside:
             self._begin()
@@ -119,44 +141,51 @@ class Reader:
 
         The thread never owns a tensor: to free one while the interpreter ends would abort the process. And what memory
         another thread allocates is given back to the system each time."""
+        batch = self._empty()
+        run = self._background.submit if self._beside else at_once
+        self._ahead = batch, run(self._next, self._rows_of_sample, [tensor.numpy() for tensor in batch])
+
+    def _empty(self) -> Batch:
         import torch  # not above: `titans-data` uses this package, a process per core, and needs no torch
 
-        shape = self._micro_batch, self._width
-        batch = Batch(*(torch.empty(shape, dtype=torch.int64, pin_memory=self._pinned) for _ in range(3)))
-        run = self._background.submit if self._beside else at_once
-        self._ahead = batch, run(self._next, [tensor.numpy() for tensor in batch])
+        return Batch(*(torch.empty(self._shape, dtype=torch.int64, pin_memory=self._pinned) for _ in range(3)))
 
     def close(self) -> None:
         """Gives up what is being downloaded. For the end of a run: the reader cannot be used any more."""
         for source in self._sources:
             source.folder.close()
 
-    def _next(self, arrays: list[np.ndarray]) -> list[dict] | None:
-        """Fills tokens, labels, positions; the cursors after them. None at the end."""
+    def _next(self, rows: list[tuple[int, list[range]]], arrays: list[np.ndarray]) -> dict | None:
+        """Fills tokens, labels, positions; the cursor after them. None at the end."""
         began = time.perf_counter()
-        rows, windows = self._draw()
+        self._places, windows = self._draw()
         if not windows:
             return None
-        self._read(rows, arrays)
+        self._read(self._places, rows, arrays)
         while self._gather:
             found = self._gather([window.unreadable for window in windows])
             if all(other == found[0] for other in found):
                 break
             for window, *numbers in zip(windows, *found):
                 window.give_up(set().union(*numbers))
-            self._read(rows, arrays)
+            self._read(self._places, rows, arrays)
         self._took = time.perf_counter() - began
-        return [source.state_dict() for source in self._sources]
+        return self._cursor()
+
+    def _cursor(self) -> dict:
+        tokens = {"tokens": self._tokens} if self._counted else {}
+        return tokens | {"sources": [source.state_dict() for source in self._sources]}
 
     def _draw(self) -> tuple[list[tuple[Window, int] | None], list[Window]]:
-        """The next rows of all ranks: window and sample of this rank's own, None for inert ones; and all windows that any is in."""
+        """The next samples of all ranks: window and sample of this rank's own, None for inert ones; and all windows that any is in."""
         first, count, drawn = self._rank * self._micro_batch, self._micro_batch * self._world, 0
         if self._rows is not None:
             count = min(count, self._rows - self._drawn)
         own, windows = [], []
-        while drawn < count and (sources := [source for source in self._sources if not source.exhausted]):
+        while drawn < count and (sources := self._drawn_from()):
             # with an end, a source may give less than it is asked for, and those that are left share the rest
-            order = self._order(sources, count - drawn if len(sources) == 1 or self._endless else 1)
+            most = min(count - drawn, self._left_of_mixture()) if len(sources) == 1 or self._endless else 1
+            order = self._order(sources, most)
             stretches = [
                 source.take(n) for source, n in zip(sources, np.bincount(order, minlength=len(sources)).tolist())
             ]
@@ -165,8 +194,33 @@ class Reader:
                 own.append(_sample(stretches[order[i]], int((order[:i] == order[i]).sum())))
             windows += [window for stretch in stretches for window, _, _ in stretch]
             drawn += taken
+            self._tokens += taken * self._seq_len
         self._drawn += drawn
         return own + [None] * (self._micro_batch - len(own)), list(dict.fromkeys(windows))
+
+    def _drawn_from(self) -> list[Source]:
+        """The sources of the mixture that now holds."""
+        self._weigh(self._weights())
+        return [source for source in self._sources if source.weight and not source.exhausted]
+
+    def _weights(self) -> dict[str, float]:
+        return {source.fingerprint: source.weight for source in self._sources if source.weight}
+
+    def _weigh(self, before: dict[str, float]) -> None:
+        """Gives every source its weight after so many tokens. Where they are not those of before, the shares count from here."""
+        stage = bisect_right(self._starts, self._tokens) - 1
+        for source in self._sources:
+            source.weight = source.weights[stage]
+        if self._weights() != before:
+            for source in self._sources:
+                source.drawn = 0
+
+    def _left_of_mixture(self) -> int:
+        """Samples until the next mixture; a sample is of the one that holds where it begins."""
+        following = bisect_right(self._starts, self._tokens)
+        return (
+            -(-(self._starts[following] - self._tokens) // self._seq_len) if following < len(self._starts) else 1 << 62
+        )
 
     def _order(self, sources: list[Source], count: int) -> np.ndarray:
         """The sources, by number, that the next samples come from: each time the one with the largest deficit; among equals
@@ -183,17 +237,19 @@ class Reader:
             order.append(chosen)
         return np.array(order)
 
-    def _read(self, rows: list[tuple[Window, int] | None], arrays: list[np.ndarray]) -> None:
-        for row, place in enumerate(rows):
+    def _read(self, places: list, rows: list[tuple[int, list[range]]], arrays: list[np.ndarray]) -> None:
+        """places: of the samples, see _draw; rows: of each, the column of the sample where it begins and its columns to be read."""
+        for number, (place, (begin, columns)) in enumerate(product(places, rows)):
             if place is None:  # the last batch is not full
                 for array, value in zip(arrays, (self.tokenizer.filler_id, -100, -1)):
-                    array[row] = value
+                    array[number] = value
                 continue
             window, sample = place
             start = 0
-            for part in self._columns:
+            for part in columns:
                 end = start + len(part)
-                window.read(sample, part.start, part.stop, *(array[row, start:end] for array in arrays))
+                into = (array[number, start:end] for array in arrays)
+                window.read(sample, begin + part.start, begin + part.stop, *into, row=begin)
                 start = end
 
     @property
@@ -204,11 +260,11 @@ class Reader:
     @property
     def epoch(self) -> int:
         """Epochs that the corpus furthest behind has completed."""
-        return min(cursor["epoch"] for cursor in self._given)
+        return min(cursor["epoch"] for cursor in self._given["sources"])
 
     def state_dict(self) -> dict:
         """The cursor, for a checkpoint: the same on every rank, a few integers per corpus (JSON-able)."""
-        return self._identity | {"sources": self._given, "absent": self._absent}
+        return self._identity | self._given | {"absent": self._absent}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on from a cursor of any world size and micro-batch. Weights of the mixture may have changed, and corpora
@@ -221,19 +277,20 @@ class Reader:
         if not known:
             paths = ", ".join(source.folder.path for source in self._sources)
             raise ValueError(f"the checkpoint's data cursor belongs to another corpus than {paths}")
-        same = {source.fingerprint: source.weight for source in self._sources} == {
-            cursor["manifest"]: cursor["weight"] for cursor in state["sources"]
-        }
+        if len(self._starts) > 1 and "tokens" not in state:
+            raise ValueError(
+                "data.mixture_schedule counts tokens, and the checkpoint's data cursor, of an earlier release, does not: change "
+                "data.mixture at a restart instead"
+            )
         if self._ahead is not None:
             wait([self._ahead[1]])
             self._ahead = None
         for source in known:
             source.load_state_dict(cursors.pop(source.fingerprint))
-        if not same:
-            for source in self._sources:
-                source.drawn = 0
+        self._tokens, self._counted = state.get("tokens", 0), "tokens" in state
+        self._weigh({cursor["manifest"]: cursor["weight"] for cursor in state["sources"] if cursor["weight"]})
         self._absent, self._drawn = list(cursors.values()), 0
-        self._given = [source.state_dict() for source in self._sources]
+        self._given = self._cursor()
 
 
 def _sample(stretches: list[tuple[Window, int, int]], number: int) -> tuple[Window, int]:
@@ -275,7 +332,8 @@ def build_reader(
     pinned:        puts batches into pinned memory, from where they go to a GPU while it computes
     stopped:       whether to give up waiting: `next` then raises Stopped
 
-    Each `next` gives Batch tensors [train.micro_batch, seq_len / context_size]. Raises ValueError for a configuration
+    Each `next` gives Batch tensors [train.micro_batch, seq_len / context_size], see also cut_rows. With `epochs` a mixture
+    is the one that data.mixture_schedule begins with. Raises ValueError for a configuration
     or data that cannot be read, ShardError (a ValueError) naming the shard while reading.
     """
     data, multiple = config.data, config.model.document_multiple
@@ -294,9 +352,12 @@ def build_reader(
         raise ValueError(
             "data.on_bad_shard=skip on several ranks needs `gather`: they have to agree on what is skipped"
         )
-    paths = data.mixture or {data.path: 1.0}
-    if any(weight <= 0 for weight in paths.values()):
-        raise ValueError(f"weights of data.mixture must be positive, got {paths}")
+    mixtures = [(0, data.mixture or {data.path: 1.0})]
+    if data.mixture and epochs is None:
+        mixtures += data.mixture_schedule
+    if any(weight <= 0 for _, mixture in mixtures for weight in mixture.values()):
+        raise ValueError(f"weights of data.mixture must be positive, got {mixtures}")
+    paths = list(dict.fromkeys(path for _, mixture in mixtures for path in mixture))
     seed = config.train.seed
     layout = {
         "seq_len": data.seq_len,
@@ -310,7 +371,7 @@ def build_reader(
             folder,
             manifest,
             split,
-            weight,
+            [mixture.get(path, 0.0) for _, mixture in mixtures],
             seed,
             epochs=epochs,
             skip_bad_shards=skip,
@@ -318,7 +379,7 @@ def build_reader(
             gather=gather or alone,
             pool=pool,
         )
-        for folder, manifest, weight in zip(folders, open_manifests(folders, gather or alone), paths.values())
+        for path, folder, manifest in zip(paths, folders, open_manifests(folders, gather or alone))
     ]
     sources.sort(key=lambda source: source.fingerprint)
     _check_agreement(sources, config.model.vocab_size)
@@ -332,14 +393,18 @@ def build_reader(
         "split_long_documents": data.split_long_documents,
         "tokenizer": sources[0].manifest.tokenizer.fingerprint,
     }
-    columns = context_columns(data.seq_len, context_rank, context_size, segments_per_rank)
+    columns = partial(
+        context_columns, context_rank=context_rank, context_size=context_size, segments_per_rank=segments_per_rank
+    )
     gather = gather if skip else None
     return Reader(
         sources,
         rank,
         world,
         config.train.micro_batch,
+        data.seq_len,
         columns,
+        [tokens for tokens, _ in mixtures],
         identity,
         rows=rows,
         gather=gather,

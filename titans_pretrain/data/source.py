@@ -80,7 +80,7 @@ class Source:
         folder: Folder,
         manifest: Manifest,
         split: str,
-        weight: float,
+        weights: list[float],
         seed: int,
         *,
         epochs: int | None,
@@ -89,10 +89,10 @@ class Source:
         gather: Gather,
         pool: Background,
     ):
-        """layout: seq_len, multiple, reset_documents, split_documents of Window. pool: opens shards."""
+        """weights: in each mixture of the schedule, 0 where it is not part of it. layout: seq_len, multiple, reset_documents, split_documents of Window. pool: opens shards."""
         self.folder, self.manifest = folder, manifest
         self.fingerprint = self.manifest.fingerprint()
-        self.weight = weight
+        self.weights, self.weight = weights, weights[0]
         self.drawn = 0  # samples taken since the weights of the mixture last changed
         self.skipped: dict[str, str] = {}  # shard name -> why it was left out
         self._split, self._seed, self._epochs = split, seed, epochs

@@ -38,7 +38,7 @@ def epoch_size(config, split: str = "train") -> tuple[int, int]:
     multiple of model.document_multiple; its share is that of the first shard of each corpus."""
     data, multiple = config.data, config.model.document_multiple if config.data.reset_documents else 1
     tokens = columns = 0
-    for path in data.mixture or [data.path]:
+    for path in data.folders:
         folder = Folder(path, data.cache_dir)
         manifest = open_manifest(folder)
         lengths = load_index(folder, manifest.splits[split][0])[:, 1] // manifest.dtype.itemsize

@@ -106,8 +106,18 @@ class Window:
         self._filled = int(self._place[-1, 0] + self._place[-1, 2]) if len(document) else 0  # the last document's end
         self._sample = permutation(self.samples, hash_key(key, 2))
 
-    def read(self, sample: int, first: int, last: int, tokens: np.ndarray, labels: np.ndarray, positions: np.ndarray):
-        """Writes columns [first, last) of a sample into three int64 arrays [last - first]. Raises ShardError."""
+    def read(
+        self,
+        sample: int,
+        first: int,
+        last: int,
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        positions: np.ndarray,
+        row: int = 0,
+    ):
+        """Writes columns [first, last) of a sample into three int64 arrays [last - first]. row: the column at which their row
+        begins, where a sample is several. Raises ShardError."""
         base = int(self._sample[sample]) * self.seq_len
         begin, width, size = base + first, last - first, self._dtype.itemsize
         buffer, view = self._buffer[: width + 1], self._view  # one token more: the last label
@@ -128,7 +138,7 @@ class Window:
             if b > width:
                 b = width
             if a < b:
-                position = a - max(start, -first)  # a part cut off by a sample's end is a document of its own
+                position = a - max(start, row - first)  # a part cut off by a row's end is a document of its own
                 positions[a:b] = self._arange[position : position + b - a]
             if over <= width:
                 pad_end = min(next_start - begin, width)
@@ -137,7 +147,7 @@ class Window:
                 unlabelled.append((max(over - 1, 0), pad_end))
         if not self._reset:
             filled = max(0, min(self._filled - begin, width))
-            positions[:filled] = self._arange[first : first + filled]
+            positions[:filled] = self._arange[first - row : first - row + filled]
             positions[filled:] = -1
             if self._filled <= begin + width:
                 unlabelled.append((max(filled - 1, 0), width))

@@ -63,6 +63,8 @@ def train_synthetic(path: str, overrides: Sequence[str]) -> int:
     of_run, of_tasks = split_overrides(overrides)
     config, options = load_config(path, of_run), build_options("synthetic", of_tasks.get("synthetic", {}))
     check_vocabulary(options, config.model.vocab_size)
+    if config.data.seq_len_warmup:
+        raise ValueError("data.seq_len_warmup cuts rows of a corpus; the lengths of these are synthetic.train_lengths")
     if launched_world() > 1:
         raise ValueError("this trains on one process; start it without torchrun")
     run_dir, device = Path(config.run.dir), pick_device(config.train.device)
@@ -87,7 +89,7 @@ def train_synthetic(path: str, overrides: Sequence[str]) -> int:
             trainer.resume(start.checkpoint, start.data)
         save_config(config, run_dir / "config.yaml")
         loggers = build_loggers(config, run_dir, trainer.step, trainer.validated)
-        progress = Progress(config.train.steps, trainer.step, config.train.log_every)
+        progress = Progress(config.train.steps, trainer.step, config.train.log_every, config.train.rows_until)
         try:
             done = trainer.run(run_dir, loggers, progress, stop)
         finally:

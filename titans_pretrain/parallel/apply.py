@@ -95,10 +95,8 @@ def parallelize(model: TitansForCausalLM, config: Config, mesh: Mesh, seed: int 
     # 4. The sequence in segments, over context-parallel ranks or one after the other; what the backward pass recomputes.
     modules: list[nn.Module] = list(stages)
     if needs_segments(config):
-        every = train.truncate_state_gradient_every
-        truncate = every and every // (config.data.seq_len // p.segments)
-        link = RingLink(mesh) if mesh.context.size > 1 else LocalLink()
-        modules = [SegmentedStage(s, link, p.segments_per_rank, train.recompute, truncate) for s in stages]
+        link, every = RingLink(mesh) if mesh.context.size > 1 else LocalLink(), train.truncate_state_gradient_every
+        modules = [SegmentedStage(s, link, p.segments_per_rank, train.recompute, every) for s in stages]
     else:
         model.set_recompute(train.recompute)
 

@@ -80,8 +80,10 @@ class ParallelEngine:
                 if not self.stepwise:
                     loss.backward()
                     continue
+                more = bool(losses) or start + inflight < len(batches)
+                self.zero.set_gradient_accumulation_boundary(not more)  # steps may differ in how many there are
                 self.zero.backward(loss, scale_wrt_gas=False)
-                if losses or start + inflight < len(batches):
+                if more:
                     self.zero.step()  # not at a boundary: counts the micro-batch only
         return total
 

@@ -28,40 +28,26 @@ def check_layout(config: Config, world: int) -> int:
             f"start {-(-world // model) * model} processes, or choose degrees whose product divides {world}"
         )
     dp = world // model
-    rows = train.micro_batch * dp
-    if train.global_batch % rows:
-        raise ValueError(
-            f"train.global_batch={train.global_batch} must be a multiple of train.micro_batch={train.micro_batch} * {dp} "
-            f"data-parallel processes = {rows}; try train.global_batch={-(-train.global_batch // rows) * rows}"
-        )
-    micro_batches = train.global_batch // rows
+    for key, batch in train.batches:
+        _check_batch(config, dp, key, batch)
     check_tensor_parallel(config.model, p.tp, p.sequence_parallel, p.memory_split)
-    if p.sequence_parallel and (config.data.seq_len // p.segments) % p.tp:
-        raise ValueError(
-            f"parallel.sequence_parallel needs segments of a multiple of parallel.tp={p.tp} tokens, got "
-            f"data.seq_len={config.data.seq_len} in {p.segments} segments"
-        )
+    for length in reversed(config.data.lengths):
+        if p.sequence_parallel and (length // p.segments) % p.tp:
+            key = "data.seq_len" if length == config.data.seq_len else "data.seq_len_warmup"
+            raise ValueError(
+                f"parallel.sequence_parallel needs segments of a multiple of parallel.tp={p.tp} tokens, got {key}={length} in "
+                f"{p.segments} segments"
+            )
     stages = p.pp * p.stages_per_rank
     if stages > config.model.layers:
         raise ValueError(
             f"model.layers={config.model.layers} is fewer than {stages} pipeline stages (parallel.pp={p.pp} * "
             f"parallel.stages_per_rank={p.stages_per_rank}); lower parallel.pp to {config.model.layers} or less"
         )
-    if p.pp > 1 and micro_batches < p.pp:
-        raise ValueError(
-            f"parallel.pp={p.pp} needs as many micro-batches in a step, got {micro_batches}: "
-            f"try train.global_batch={rows * p.pp}"
-        )
     if p.pp == 1 and p.stages_per_rank > 1:
         raise ValueError(
             f"parallel.stages_per_rank={p.stages_per_rank} cuts what a pipeline rank holds, and parallel.pp=1 has no pipeline: raise "
             "parallel.pp, or set parallel.stages_per_rank=1 and parallel.pipeline_schedule=1f1b"
-        )
-    rounds = max(1, micro_batches // p.pp)
-    if p.pipeline_schedule == "interleaved" and micro_batches % rounds:
-        raise ValueError(
-            f"parallel.pipeline_schedule=interleaved needs micro-batches in {rounds} equal rounds, got {micro_batches}: "
-            f"try train.global_batch={rows * rounds * p.pp}"
         )
     if p.inflight > 1 and (p.cp == 1 or p.pp > 1):
         raise ValueError(
@@ -70,6 +56,27 @@ def check_layout(config: Config, world: int) -> int:
         )
     _check_zero(config)
     return dp
+
+
+def _check_batch(config: Config, dp: int, key: str, batch: int) -> None:
+    """Whether so many rows of a step spread over the data-parallel processes and, as micro-batches, over a pipeline."""
+    p, rows = config.parallel, config.train.micro_batch * dp
+    if batch % rows:
+        raise ValueError(
+            f"{key}={batch} must be a multiple of train.micro_batch={config.train.micro_batch} * {dp} "
+            f"data-parallel processes = {rows}; try {key}={-(-batch // rows) * rows}"
+        )
+    micro_batches = batch // rows
+    if p.pp > 1 and micro_batches < p.pp:
+        raise ValueError(
+            f"parallel.pp={p.pp} needs as many micro-batches in a step, got {micro_batches}: try {key}={rows * p.pp}"
+        )
+    rounds = max(1, micro_batches // p.pp)
+    if p.pipeline_schedule == "interleaved" and micro_batches % rounds:
+        raise ValueError(
+            f"parallel.pipeline_schedule=interleaved needs micro-batches in {rounds} equal rounds, got {micro_batches}: "
+            f"try {key}={rows * rounds * p.pp}"
+        )
 
 
 def _check_zero(config: Config) -> None:

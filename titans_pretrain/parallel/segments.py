@@ -37,7 +37,7 @@ class SegmentedStage(nn.Module):
         recompute: str = "none",
         truncate_every: int | None = None,
     ):
-        """segments: of this rank. truncate_every: segments of the whole sequence between boundaries that no gradient crosses."""
+        """segments: of this rank. truncate_every: tokens between boundaries of segments that no gradient crosses."""
         super().__init__()
         self.stage, self.link, self.segments, self.recompute = stage, link, segments, recompute
         self.truncate_every = truncate_every
@@ -62,10 +62,10 @@ class SegmentedStage(nn.Module):
         """Segments of the whole sequence."""
         return self.segments * self.link.size
 
-    def gradient_crosses(self, boundary: int) -> bool:
-        """Whether a gradient passes from segment `boundary` to the one before it."""
+    def gradient_crosses(self, boundary: int, length: int) -> bool:
+        """Whether a gradient passes from segment `boundary` to the one before it, each of so many tokens."""
         inside = 0 < boundary < self.total
-        return inside and not (self.truncate_every and boundary % self.truncate_every == 0)
+        return inside and not (self.truncate_every and boundary * length % self.truncate_every == 0)
 
 
 class _Walk(torch.autograd.Function):
@@ -218,7 +218,7 @@ class _Pass:
             kept = self.kept.pop()
             number = self.segmented.number(i)
             incoming = {}
-            if self.segmented.gradient_crosses(number + 1):
+            if self.segmented.gradient_crosses(number + 1, self.length):
                 templates = self._templates(number + 1)
                 incoming = self.link.receive_gradients(dict(reversed(templates.items())))
             if self.keep == "segment":
@@ -249,7 +249,7 @@ class _Pass:
                     known = self.gradients.get(name)
                     self.gradients[name] = gradient if known is None else known + gradient
             found = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found)]
-        if cell.name in self.layers and self.segmented.gradient_crosses(number):
+        if cell.name in self.layers and self.segmented.gradient_crosses(number, self.length):
             self.link.send_gradient(cell.name, _refill(self._template(cell.name, number), found[1:]))
         return found[0] if found else None
 

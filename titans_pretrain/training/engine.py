@@ -18,7 +18,7 @@ class Engine(Protocol):
 
     model: nn.Module
     optimizer: object
-    micro_batches: int  # of this process in a step
+    micro_batches: int  # of this process in a step, after train.batch_warmup
     tensor_group: object | None  # the processes over which a sharded parameter's pieces are spread
     data_group: object | None  # the processes that hold the same parameters as this one
     guard: UpdateGuard  # over `update`

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -29,20 +30,28 @@ class Gauge:
     def __init__(self, config: Config, device: torch.device, processes: int, corpus_tokens: int):
         self.corpus_tokens = corpus_tokens
         self.peak = peak_flops(device, config.train.precision)
-        self.step_flops = model_flops(config) * config.train.global_batch * config.data.seq_len
+        self._config = config
+        self._flops = {length: model_flops(config, length) for length in config.data.lengths}  # of a token
         self._all = self.peak and self.peak * processes
 
-    def read(self, seconds: float, tokens: int) -> dict[str, float]:
-        """Of a step that took so long, after so many tokens: `epochs`, and `mfu` (model FLOPs utilisation, a share of 1) where the
-        device's peak is known."""
+    def read(self, seconds: float, steps: Sequence[int], tokens: int) -> dict[str, float]:
+        """Of steps, by their numbers, that took so long together: `epochs` after so many tokens, and `mfu` (model FLOPs utilisation,
+        a share of 1) where the device's peak is known."""
         found = {"epochs": round(tokens / self.corpus_tokens, 4)} if self.corpus_tokens else {}
-        return found | ({"mfu": round(self.step_flops / seconds / self._all, 4)} if self._all else {})
+        flops = sum(map(self.step_flops, steps))
+        return found | ({"mfu": round(flops / seconds / self._all, 4)} if self._all else {})
+
+    def step_flops(self, step: int) -> float:
+        """Of step 1, 2, ..., as the warm-ups have it."""
+        train, data = self._config.train, self._config.data
+        return self._flops[data.length_at(step - 1)] * train.batch_at(step - 1) * data.seq_len
 
 
-def model_flops(config: Config) -> float:
-    """Matrix-product FLOPs of one token in training, the memory's inner loop counted, recomputation of blocks or segments not."""
-    layers = config.model.layer_configs
-    return head_cost(config.model) + sum(layer_flops(c, config.data.seq_len).training() for c in layers)
+def model_flops(config: Config, length: int | None = None) -> float:
+    """Matrix-product FLOPs of one token in training, the memory's inner loop counted, recomputation of blocks or segments not.
+    length: tokens in a row; None: data.seq_len."""
+    layers, length = config.model.layer_configs, length or config.data.seq_len
+    return head_cost(config.model) + sum(layer_flops(c, length).training() for c in layers)
 
 
 @cache

@@ -22,6 +22,7 @@ class Start(NamedTuple):
     checkpoint: Path | None  # None: from the initial values
     weights_only: bool = False  # a fresh optimizer, step and data cursor
     data: bool = True  # goes on where the checkpoint stopped reading
+    branches: bool = False  # off another run
     changes: tuple[str, ...] = ()  # settings that differ from the checkpoint's, "KEY: OLD -> NEW"
 
 
@@ -43,7 +44,7 @@ def find_start(config: Config) -> Start:
     elif train.resume in ("auto", "never"):
         return Start(None)
     else:
-        start = Start(find_checkpoint(train.resume), data=train.resume_data)
+        start = Start(find_checkpoint(train.resume), data=train.resume_data, branches=True)
     if own is None:
         check_checkpoint(start.checkpoint)
     return start._replace(changes=_changes(start, config))

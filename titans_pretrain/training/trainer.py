@@ -135,7 +135,7 @@ class Trainer:
         return self.step >= train.steps and not self._validation_is_due()
 
     def train_step(self) -> dict | None:
-        """One optimizer step over `global_batch` rows. Returns the numbers to log, with the loss and the gradient norm as tensors on
+        """One optimizer step. Returns the numbers to log, with the loss and the gradient norm as tensors on
         the device until `read`; None, with nothing done, where a stop request came while some process waited for its rows."""
         if not self._unread:
             self._since, self._tokens_then = time.perf_counter(), self.tokens
@@ -162,6 +162,7 @@ class Trainer:
         }
         if self._stall:
             values["checkpoint_stall"], self._stall = round(self._stall, 4), 0.0
+        values |= self.config.warming(self.step - 1)
         for hook in self.hooks:
             hook.after_step(self, values)
         self._unread.append(values)
@@ -193,7 +194,7 @@ class Trainer:
                 self.rollbacks = 0
                 del line["skipped"]
             if self.gauge:
-                line |= self.gauge.read(seconds / len(lines), line["tokens"])
+                line |= self.gauge.read(seconds, [x["step"] for x in lines], line["tokens"])
             self._unreported.append(line)
 
     def _report(self, loggers: Sequence[Logger], progress: Progress | None) -> None:
@@ -237,19 +238,22 @@ class Trainer:
 
         The loss is a sum over the targets of the whole step, divided by their number: rows with more padding do not weigh
         more, and the split into micro-batches does not matter."""
-        waited = 0.0
+        waited, train, data = 0.0, self.config.train, self.config.data
+        micro_batches = self.engine.micro_batches * train.batch_at(self.step) // train.global_batch
+        if data.seq_len_warmup:
+            self.reader.cut_rows(data.length_at(self.step))
         for _ in range(EMPTY_DRAWS):  # rows of padding alone come from shards that are skipped: others follow
             start = time.perf_counter()
             batches = []
             with contextlib.suppress(Stopped):
-                batches += [next(self.reader) for _ in range(self.engine.micro_batches)]
+                batches += [next(self.reader) for _ in range(micro_batches)]
             waited += time.perf_counter() - start
             if self.engine.any(not batches):
                 return None
             if targets := self.engine.count(batches):
                 return batches, targets, waited
         skipped = ", ".join(getattr(self.reader, "skipped", {}))
-        cause = f"cannot be read: {skipped}" if skipped else f"is data.seq_len={self.config.data.seq_len} too small?"
+        cause = f"cannot be read: {skipped}" if skipped else f"is data.seq_len={data.seq_len} too small?"
         raise ValueError(f"step {self.step + 1}: the batch holds no target, nor do {EMPTY_DRAWS} in a row; {cause}")
 
     def _validation_is_due(self) -> bool:

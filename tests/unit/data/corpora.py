@@ -36,7 +36,8 @@ def write_corpus(folder: Path, lengths, shard_size: int = 4096, seed: int = 0, v
 
 
 def make_config(path=None, seq_len=64, multiple=8, micro_batch=1, seed=0, mixture=None, **data):
-    data = {"reset_documents": True, "split_long_documents": True, "cache_dir": None, "on_bad_shard": "stop"} | data
+    defaults = {"reset_documents": True, "split_long_documents": True, "cache_dir": None, "on_bad_shard": "stop"}
+    data = defaults | {"mixture_schedule": []} | data
     return SimpleNamespace(
         data=SimpleNamespace(path=path and str(path), seq_len=seq_len, mixture=mixture or {}, **data),
         train=SimpleNamespace(seed=seed, micro_batch=micro_batch),
