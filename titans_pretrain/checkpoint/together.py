@@ -77,7 +77,7 @@ def wait_for_first(future: Future | None, stopped: Callable[[], bool] = lambda: 
         told = from_all((future is None or future.done(), stopped()))
         if told[0][0]:
             return True
-        rounds += any(stopped for _, stopped in told)
+        rounds += any(asked for _, asked in told)
         if rounds > patience:
             return False
 
