@@ -23,7 +23,7 @@ _EXAMPLES = """examples:
   titans-pretrain import exported/ runs/imported                   and back
 
 Exit codes: 0 done, 1 doctor found a fault, 2 something is wrong with what was given (one line says what), 85 a signal stopped the training after
-a checkpoint was saved; forecast and classify end with 128 and the signal's number. TITANS_DEBUG=1 shows the whole traceback of an error."""
+a checkpoint was saved, 86 it hung, 87 all is done but the last checkpoint could not be copied to train.checkpoint_store; forecast and classify end with 128 and the signal's number. TITANS_DEBUG=1 shows the whole traceback of an error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,11 +5,12 @@ import signal
 import time
 
 import pytest
-from test_launch import Processes, arguments, metrics
+from forked import ForkedProcesses
+from test_launch import STRAGGLERS, Processes, arguments, metrics
 
 from titans_pretrain.checkpoint import latest_checkpoint, read_tensors, read_trainer
 
-CLOCKS = {"tokens_per_second", "mfu", "data_wait", "checkpoint_stall", "peak_memory_mib"}
+CLOCKS = {"tokens_per_second", "mfu", "data_wait", "checkpoint_stall", "peak_memory_mib"} | STRAGGLERS
 STEPS_PER_KILL = 4
 
 
@@ -26,7 +27,7 @@ def settings(kills: int) -> dict:
 
 
 def start(data, run_dir, world: int, kills: int) -> Processes:
-    return Processes(world, [arguments(data, run_dir, **settings(kills))] * world)
+    return ForkedProcesses(run_dir.parent / "logs", world, [arguments(data, run_dir, **settings(kills))] * world)
 
 
 def wait_for(run_dir, step: int, processes: Processes) -> None:
@@ -42,7 +43,7 @@ def wait_for(run_dir, step: int, processes: Processes) -> None:
     raise AssertionError(f"no step {step} in time")
 
 
-@pytest.mark.parametrize(("world", "kills"), [(2, 1), pytest.param(4, 30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("world", "kills"), [(2, 5), pytest.param(4, 30, marks=pytest.mark.slow)])
 def test_killed_processes_end_with_the_same_bits(data, tmp_path, world, kills):
     for code, output in start(data, tmp_path / "undisturbed", world, kills).wait(timeout=900):
         assert code == 0, output

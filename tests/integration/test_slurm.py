@@ -85,6 +85,36 @@ def test_a_training_goes_back_into_the_queue_only_when_it_saved(tmp_path, code, 
     assert run.calls().count("titans-pretrain train configs/tiny.yaml run.name=two words") == 4
 
 
+SILENT = TITANS.replace(  # one task does not answer, and srun kills it
+    'echo "says $RANK"',
+    '[ "$RANK" = 3 ] && exit 137; echo "error: no step was finished for 60 s: rank 3 did not answer" >&2',
+)
+
+
+@pytest.mark.parametrize(("code", "titans"), [(86, TITANS), (86, SILENT)])
+def test_a_training_that_hangs_goes_back_three_times_at_most_from_one_checkpoint(tmp_path, code, titans):
+    def requeued(run: Run) -> bool:
+        found, output, errors = run.ends()
+        told = "hung behind step-0000000" in (output if found == 0 else errors)
+        assert told and found in (0, 86, 137), (found, output, errors)
+        back = "scontrol requeue 70007" in run.calls()
+        run._calls.unlink()
+        return back
+
+    stubs = {"code": code, "titans-pretrain": titans}
+    assert [requeued(Run(tmp_path, "pretrain.sbatch", "x", **stubs)) for _ in range(3)] == [True, True, False]
+    (tmp_path / "run/checkpoints/latest").write_text("step-00000002\n")
+    stubs["saves"] = "no"
+    assert [requeued(Run(tmp_path, "pretrain.sbatch", "x", **stubs)) for _ in range(3)] == [True, True, False]
+
+
+def test_what_was_killed_before_and_after_a_hang_is_no_hang(tmp_path):
+    assert Run(tmp_path, "pretrain.sbatch", "x", code=86, **{"titans-pretrain": SILENT}).ends()[0] == 0
+    (tmp_path / "calls").unlink()
+    run = Run(tmp_path, "pretrain.sbatch", "x", code=137)  # by the kernel, that lacks memory
+    assert run.ends()[0] == 137 and "scontrol requeue 70007" not in run.calls()
+
+
 def test_a_training_that_was_cancelled_stays_so(tmp_path):
     run = Run(tmp_path, "pretrain.sbatch", "configs/tiny.yaml", code=85, state="COMPLETING")
     assert run.ends()[0] == 85

@@ -1,7 +1,9 @@
 """What a cluster does to a job while it trains, in a running Slurm: node failures, preemption, the time limit, and its user's own end."""
 
 import json
+import sys
 import time
+from unittest import mock
 
 import pytest
 from trainings import PATIENCE, STEPS, TEMPLATES, TRAIN, losses, submit, titans
@@ -52,6 +54,40 @@ def test_near_the_time_limit_the_job_saves_and_goes_back_into_the_queue(slurm, d
     assert slurm.ends(job, PATIENCE, log) == "CANCELLED"
     assert f"goes on from {run}/checkpoints/step-{saved:08d} (step {saved})" in log.read_text()
     assert list(losses(run)) == list(range(1, len(losses(run)) + 1))
+
+
+HANGS = """import pathlib, sys, time
+from titans_pretrain.cli import main
+from titans_pretrain.training.trainer import Trainer
+left, step = pathlib.Path({left!r}), Trainer.train_step
+def train_step(trainer):
+    if trainer.step == 3 and (n := int(left.read_text())):
+        left.write_text(str(n - 1))
+        time.sleep(3600)
+    return step(trainer)
+if sys.argv[1] == "train" and __import__("os").environ["RANK"] == "1":
+    Trainer.train_step = train_step
+sys.exit(main(sys.argv[1:]))"""
+
+
+@pytest.mark.parametrize("hangs", [1, 9])
+def test_a_job_that_hangs_goes_back_but_not_for_ever(slurm, data, uninterrupted, tmp_path, hangs):
+    """Rank 1 sleeps at its fourth step, as often as a file says."""
+    run, program, left = tmp_path / "run", tmp_path / "titans-pretrain", tmp_path / "left"
+    left.write_text(str(hangs))
+    program.write_text(f"#!{sys.executable}\n{HANGS.format(left=str(left))}\n")
+    program.chmod(0o755)
+    with mock.patch.dict(slurm.env, PATH=f"{tmp_path}:{slurm.env['PATH']}"):
+        job, log = submit(slurm, data, run, f"train.steps={STEPS}", "parallel.hang_minutes=0.2")
+    state = slurm.ends(job, 2 * PATIENCE, log)
+    if hangs == 1:
+        assert state == "COMPLETED" and slurm.job(job)["Restarts"] == "1", log.read_text()
+        assert "hung behind the start, 1 of at most 3 times" in log.read_text() and losses(run) == uninterrupted
+    else:
+        assert state == "FAILED" and slurm.job(job)["ExitCode"] == "86:0", log.read_text()
+        assert slurm.job(job)["Restarts"] == "2" and left.read_text() == str(hangs - 3)
+        assert "error: hung behind the start 3 times" in log.read_text()
+        assert log.read_text().count("rank 1 is behind, at step 4 in train_step") >= 3
 
 
 def test_a_job_that_its_user_cancels_saves_and_stays_cancelled(slurm, data, tmp_path):

@@ -1,8 +1,11 @@
 """Who is said to be behind, of places that are written down."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 
-from titans_pretrain.parallel.watchdog import describe_hang
+from titans_pretrain.parallel.watchdog import Watchdog, describe_hang
 
 WAITING = [
     ["/x/titans_pretrain/training/trainer.py", 10, "run"],
@@ -33,3 +36,14 @@ READING = [["/x/titans_pretrain/data/shards.py", 40, "read"], ["/y/fsspec/http.p
 )  # fmt: skip
 def test_who_is_behind(places, told):
     assert describe_hang({r: p and {"step": p[0], "calls": p[1]} for r, p in places.items()}) == told
+
+
+def test_a_run_that_is_through_does_not_hang():
+    """It may upload for longer than a step may take."""
+    watchdog, trainer = Watchdog(5.0, 60.0), SimpleNamespace(step=1)
+    assert watchdog._moved == math.inf
+    watchdog.around_step(trainer)
+    watchdog.after_step(trainer, {})
+    assert watchdog._moved < math.inf
+    watchdog.after_run(trainer)
+    assert watchdog._moved == math.inf

@@ -55,9 +55,12 @@ def check_files(checkpoint: Path) -> int | None:
 
 def _read_sums(checkpoint: Path) -> dict[str, str] | None:
     path = checkpoint / SUMS
-    if not path.exists():
-        return None
-    lines = path.read_bytes().decode(errors="replace").split("\n")
+    return parse_sums(path.read_bytes(), str(path)) if path.exists() else None
+
+
+def parse_sums(content: bytes, path: str) -> dict[str, str]:
+    """Name -> SHA-256, of a SHA256SUMS. Raises DamagedCheckpoint, which names `path`, for anything but what write_sums writes."""
+    lines = content.decode(errors="replace").split("\n")
     matches = [_LINE.fullmatch(line) for line in lines[:-1]]
     sums = {match[2]: match[1] for match in matches if match}
     if not sums or len(sums) < len(matches) or lines[-1] or any(".." in Path(name).parts for name in sums):

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from titans_pretrain.disk import sync
@@ -22,6 +22,12 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """Of what checkpoint_name gave; None for any other text."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
@@ -40,8 +46,9 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
 
 def checkpoints(folder: Path, up_to: Path | None = None) -> list[Path]:
     """The complete checkpoints of RUN/checkpoints in the order of their steps; up_to: only that one and those before it."""
-    steps = {int(m[1]): p.parent for p in folder.glob("step-*/trainer.json") if (m := _NAME.fullmatch(p.parent.name))}
-    last = int(_NAME.fullmatch(up_to.name)[1]) if up_to else max(steps, default=0)
+    found = {step_of(p.parent.name): p.parent for p in folder.glob("step-*/trainer.json")}
+    steps = {step: path for step, path in found.items() if step is not None}
+    last = step_of(up_to.name) if up_to else max(steps, default=0)
     return [path for step, path in sorted(steps.items()) if step <= last]
 
 
@@ -138,13 +145,10 @@ def prune_checkpoints(folder: Path, keep: int, every: int = 0, best: int = 0) ->
     """Of the one that RUN/checkpoints/latest names and those before it, removes all but the `keep` last (0: keeps all), those of steps
     that are multiples of `every`, and the `best` ones by the validation loss in their trainer.json.
 
-    Those of later steps stay: whoever went back to an earlier one may want them. What cannot be removed is told and tried again
-    the next time: it never ends a run."""
-    known = checkpoints(folder, latest_checkpoint(folder.parent))
-    kept = set(sorted(filter(_validation_loss, known), key=_validation_loss)[:best])
-    kept |= {path for path in known if every and int(_NAME.fullmatch(path.name)[1]) % every == 0}
-    for old in known[:-keep] if keep else []:
-        if old in kept:
+    Those of later steps stay: whoever went back to an earlier one may want them. So do those that are held, until the next time. What
+    cannot be removed is told and tried again the next time: it never ends a run."""
+    for old in superseded_checkpoints(checkpoints(folder, latest_checkpoint(folder.parent)), keep, every, best):
+        if old in _held:
             continue
         try:  # out of sight in one move first, so that a half-removed folder never looks like a checkpoint
             os.rename(old, old.with_name(f"{_DOOMED}{old.name}"))
@@ -154,12 +158,43 @@ def prune_checkpoints(folder: Path, keep: int, every: int = 0, best: int = 0) ->
         _remove_tree(doomed)
 
 
-def _validation_loss(checkpoint: Path) -> float | None:
-    """Of the weights in it; None where they were not validated."""
+def superseded(
+    names: Sequence[str], loss: Callable[[str], float | None], keep: int, every: int = 0, best: int = 0
+) -> list[str]:
+    """Of names in the order of their steps, those that the policy of prune_checkpoints gives up. loss(name): of its validation, if any."""
+    losses = {name: x for name in names if (x := loss(name)) is not None} if best else {}
+    kept = {*sorted(losses, key=losses.get)[:best], *(name for name in names if every and step_of(name) % every == 0)}
+    return [name for name in (names[:-keep] if keep else []) if name not in kept]
+
+
+def superseded_checkpoints(known: Sequence[Path], keep: int, every: int = 0, best: int = 0) -> list[Path]:
+    """The same of folders."""
+    paths = {path.name: path for path in known}
+
+    def loss(name: str) -> float | None:
+        return validation_loss(lambda: (paths[name] / "trainer.json").read_bytes())
+
+    return [paths[name] for name in superseded(list(paths), loss, keep, every, best)]
+
+
+def validation_loss(read: Callable[[], bytes]) -> float | None:
+    """Of the weights in a checkpoint; None where they were not validated. read() -> its trainer.json."""
     with contextlib.suppress(OSError, ValueError):
-        loss = json.loads((checkpoint / "trainer.json").read_bytes()).get("validation_loss")
+        loss = json.loads(read()).get("validation_loss")
         return loss if isinstance(loss, float) and math.isfinite(loss) else None
     return None
+
+
+_held: set[Path] = set()
+
+
+def hold(checkpoint: Path) -> None:
+    """Keeps prune_checkpoints from a checkpoint that a thread of this process reads, until `release`."""
+    _held.add(checkpoint)
+
+
+def release(checkpoint: Path) -> None:
+    _held.discard(checkpoint)
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -3,11 +3,18 @@
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+
+from titans_pretrain.data.background import Background
+
+T = TypeVar("T")
 
 
 class DamagedCheckpoint(ValueError):
@@ -47,6 +54,32 @@ def from_all(mine) -> list:
     told = [None] * world()
     dist.all_gather_object(told, mine, group=_group.get())
     return told
+
+
+def by_first(action: Callable[[], T]) -> T:
+    """What `action` returns, or raises, on rank 0, on all ranks; the others wait, however long it takes."""
+    future = Background().submit(action) if rank() == 0 else None
+    wait_for_first(future)
+    error = future and future.exception()
+    error, result = from_all((error, None if future is None or error else future.result()))[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def wait_for_first(future: Future | None, stopped: Callable[[], bool] = lambda: False, patience: int = 60) -> bool:
+    """Whether rank 0's future (None elsewhere) has ended, on all ranks alike. They meet once a second, so that no timeout of a
+    collective limits its time. Where one of them is stopped: not later than `patience` seconds after that."""
+    rounds = 0
+    while True:
+        if future is not None:
+            wait_for([future], timeout=1.0)
+        told = from_all((future is None or future.done(), stopped()))
+        if told[0][0]:
+            return True
+        rounds += any(asked for _, asked in told)
+        if rounds > patience:
+            return False
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from titans_pretrain.config import Config, load_run_config, refuse_commands
 from titans_pretrain.training.guard import SPIKE
 from titans_pretrain.training.loggers import read_metrics
 from titans_pretrain.training.plot import plot_loss
+from titans_pretrain.training.stragglers import slow_rank
 
 
 def report(run_dir: str) -> str:
@@ -52,6 +53,8 @@ def report(run_dir: str) -> str:
     if "checkpoint_stall" in columns:
         stalls = columns["checkpoint_stall"]
         rows["checkpoints"] = f"{len(stalls):,}, training waited {median(stalls):.2f} s for each (median)"
+    if (behind := slow_rank(lines)) is not None:
+        rows["slow rank"] = behind
     rows["peak memory"] = f"{max(columns['peak_memory_mib']):,.0f} MiB"
     try:
         rows["loss curve"] = plot_loss(run, None if isinstance(entropy, str) else entropy)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from titans_pretrain.commands.jobs import job_state, jobs_folder, last_words, newest_job
 from titans_pretrain.config import TrainConfig, load_run_config
+from titans_pretrain.training.events import read_events
 from titans_pretrain.training.loggers import read_metrics
 from titans_pretrain.training.progress import format_seconds
 
@@ -68,11 +69,13 @@ def _checkpoint(run: Path) -> str:
     folder = run / "checkpoints"
     try:
         name = (folder / "latest").read_text().strip()
-        return (
-            f"newest checkpoint {name}, {format_seconds(max(0.0, time.time() - os.stat(folder / name).st_mtime))} ago"
-        )
+        age = format_seconds(max(0.0, time.time() - os.stat(folder / name).st_mtime))
     except OSError:
         return "no checkpoint yet"
+    copied = [event for event in read_events(run) if event["event"] == "copied"]
+    return f"newest checkpoint {name}, {age} ago" + (
+        f" (step {copied[-1]['step']:,} is in the store)" if copied else ""
+    )
 
 
 def _event(run: Path, job: str | None, lines: list[dict]) -> str:

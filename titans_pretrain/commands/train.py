@@ -14,6 +14,7 @@ import torch
 from titans_pretrain.checkpoint import clear_leftovers, latest_checkpoint
 from titans_pretrain.checkpoint.store import atomic_folder
 from titans_pretrain.checkpoint.together import from_all, rank
+from titans_pretrain.commands.out_of_memory import explained
 from titans_pretrain.commands.outlook import memory_warning, run_warnings
 from titans_pretrain.commands.report import held_out_entropy
 from titans_pretrain.config import Config, flatten, save_config
@@ -32,6 +33,7 @@ from titans_pretrain.training.gauge import Gauge
 from titans_pretrain.training.health import HealthHook
 from titans_pretrain.training.hooks import Hook
 from titans_pretrain.training.loggers import build_loggers
+from titans_pretrain.training.mirror import NOT_COPIED_EXIT_CODE, Mirror
 from titans_pretrain.training.optimizer import learning_rate
 from titans_pretrain.training.plot import plot_loss
 from titans_pretrain.training.profiler import Profiler
@@ -39,13 +41,14 @@ from titans_pretrain.training.progress import Progress
 from titans_pretrain.training.run_lock import RunLock
 from titans_pretrain.training.signals import INTERRUPTED_EXIT_CODE, StopRequest
 from titans_pretrain.training.start import Start, find_start
+from titans_pretrain.training.stragglers import StragglersHook
 from titans_pretrain.training.trainer import Trainer
 from titans_pretrain.training.validation import Validator
 
 
 def train(config: Config, hooks: Sequence[Hook] = ()) -> int:
-    """Trains in `run.dir`, from its newest checkpoint if it has one. Returns the exit code: 0, or 85 when a signal
-    stopped the run after a checkpoint (the same command goes on from it).
+    """Trains in `run.dir`, from its newest checkpoint if it has one. Returns the exit code: 0, 85 when a signal stopped the run
+    after a checkpoint (the same command goes on from it), or 87 when all is done and train.checkpoint_store lacks the last one.
 
     hooks: of one's own on the training loop, see training/hooks.py."""
     try:
@@ -66,7 +69,9 @@ def _train(config: Config, stop: StopRequest, hooks: Sequence[Hook]) -> int:
     with Watchdog(config.parallel.lost_after_seconds, hang_after) as watchdog, _owning(run_dir):
         newest = latest_checkpoint(run_dir)
         check_agreement(flatten(config) | {"checkpoint": newest and newest.name, "torch": torch.__version__})
-        return _train_together(config, stop, mesh, find_start(config), [watchdog, *hooks])
+        start = find_start(config)
+        with explained(config, launched_world()):
+            return _train_together(config, stop, mesh, start, [watchdog, *hooks])
 
 
 @contextlib.contextmanager
@@ -115,8 +120,14 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start,
     trainer = Trainer(config, engine, reader, validator, mesh.device)
     profiler = Profiler(run_dir, config.run.profile_steps, mesh.rank)
     trainer.hooks = [*hooks, profiler]
+    mirror = None
+    if config.train.checkpoint_store is not None:
+        mirror = Mirror(config.train, run_dir, lambda: stop.received is not None)
+        trainer.hooks.append(mirror)
     if config.train.health_every and not config.train.compile:
         trainer.hooks.append(HealthHook(engine.model, config.train.health_every))
+    if mesh.world > 1 and config.parallel.zero_stage < 2:
+        trainer.hooks.append(StragglersHook(engine.stopwatch, config.train.log_every, mesh.hosts))
     if start.weights_only:
         trainer.start_from(start.checkpoint)
     elif start.checkpoint is not None:
@@ -143,6 +154,8 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start,
             progress.note(line)
         begun = "started" if start.checkpoint is None or start.weights_only else "resumed"
         log_event(run_dir, begun, trainer.step, processes=mesh.world)
+    if mirror is not None:
+        mirror.start()
     try:
         with profiler:
             done = trainer.run(run_dir, loggers, progress, stop)
@@ -152,15 +165,18 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start,
     if done and engine.is_main:
         log_event(run_dir, "finished", trainer.step)
         _despite_failures(lambda: _draw(config, run_dir))
+    if not done and engine.is_main:
+        log_event(run_dir, "stopped", trainer.step, by=stop.received.name if stop.received else "another process")
+        where = f"saved {trainer.saved}" if trainer.saved else "nothing was trained yet"
+        by = stop.received.name if stop.received else "a signal to another process"
+        told = f"stopped by {by}: {where}; the same command goes on from there"
+        _despite_failures(partial(print, told, file=sys.stderr))
+    if mirror is not None and mirror.missing is not None and engine.is_main:
+        told = f"{'error' if done else 'warning'}: {mirror.missing}; the same command tries again"
+        _despite_failures(partial(print, told, file=sys.stderr))
     if not done:
-        if engine.is_main:
-            log_event(run_dir, "stopped", trainer.step, by=stop.received.name if stop.received else "another process")
-            where = f"saved {trainer.saved}" if trainer.saved else "nothing was trained yet"
-            by = stop.received.name if stop.received else "a signal to another process"
-            told = f"stopped by {by}: {where}; the same command goes on from there"
-            _despite_failures(partial(print, told, file=sys.stderr))
         return INTERRUPTED_EXIT_CODE
-    return 0
+    return NOT_COPIED_EXIT_CODE if mirror is not None and mirror.missing is not None else 0
 
 
 def _draw(config: Config, run_dir: Path) -> None:

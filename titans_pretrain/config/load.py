@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from titans_pretrain.config.keys import add_defaults, unknown_key
-from titans_pretrain.config.paths import locate
+from titans_pretrain.config.paths import hide_secrets, locate
 from titans_pretrain.config.schema import CONFIG_VERSION, Config
 from titans_pretrain.config.shipped import find_config, shipped_names
 
@@ -47,7 +47,8 @@ def load_as(schema: type[S], path: str | Path | None, overrides: Sequence[str] =
     try:
         return build(overrides)
     except ValueError as e:
-        raise ValueError(f"{_blamed(build, overrides, str(e)) or path or 'defaults'}: {_one_line(e)}") from e
+        blamed = hide_secrets(_blamed(build, overrides, str(e)) or str(path or "defaults"))
+        raise ValueError(f"{blamed}: {_one_line(e)}") from e
 
 
 def save_config(config, path: str | Path) -> None:

@@ -1,6 +1,8 @@
 """Folders that a config names: absolute, so that they mean the same from anywhere."""
 
 import os
+import re
+from urllib.parse import urlsplit
 
 from titans_pretrain.config.schema import Config
 
@@ -16,9 +18,11 @@ def locate(config: Config) -> None:
     if data.cache_dir:
         data.cache_dir = _absolute(data.cache_dir)
     if train.resume not in ("auto", "never"):
-        train.resume = _absolute(train.resume)
+        train.resume = _absolute(_without_secrets("train.resume", train.resume))
     if train.init_from:
-        train.init_from = _absolute(train.init_from)
+        train.init_from = _absolute(_without_secrets("train.init_from", train.init_from))
+    if train.checkpoint_store:
+        train.checkpoint_store = _absolute(_without_secrets("train.checkpoint_store", train.checkpoint_store))
     data.mixture = _located("data.mixture", data.mixture)
     data.mixture_schedule = [[n, _located("data.mixture_schedule", mix)] for n, mix in data.mixture_schedule]
 
@@ -37,6 +41,22 @@ def expand_home(path: str) -> str:
     if expanded.startswith("~"):
         raise ValueError(f"{path}: there is no such home folder; a folder of that name is ./{path}")
     return expanded
+
+
+def _without_secrets(key: str, path: str) -> str:
+    """Raises ValueError for a URL with a password or a query in it: a config is written into logs, checkpoints and exports."""
+    url = urlsplit(path)
+    if "://" in path and (url.password is not None or url.query):
+        raise ValueError(
+            f"{key} is a URL with {'a password' if url.password is not None else 'a query'} in it, and a config is no place for "
+            "secrets; give them to the driver by environment variables or its own files"
+        )
+    return path
+
+
+def hide_secrets(text: str) -> str:
+    """A text in which URLs have neither names with passwords nor queries."""
+    return re.sub(r"(://[^\s?']*\?)[^\s']*", r"\1...", re.sub(r"://[^/@\s]*:[^/@\s]*@", "://...@", text))
 
 
 def _absolute(path: str) -> str:

@@ -115,6 +115,11 @@ class TrainConfig:
     checkpoint_async: bool = setting(
         False, "training goes on while a checkpoint is written, from a copy of the state in CPU memory"
     )
+    checkpoint_store: str | None = setting(
+        None,
+        "a URL of an object store (s3://BUCKET/RUN, whatever fsspec knows) or a folder, where every checkpoint is copied in the "
+        "background; a run folder without a checkpoint goes on from there",
+    )
     health_every: int = setting(
         100,
         "steps between looks at every memory layer (gates, drift, surprise), in metrics.jsonl; 0: none, as with compile",
@@ -134,13 +139,14 @@ class TrainConfig:
     spike_window: int = setting(128, "of the latest steps; none is a spike before there are half as many")
     rollback_after: int = setting(3, "steps in a row without an update, before a rollback")
     resume: str = setting(
-        "auto", "auto: the run's own newest checkpoint; never; or a folder of another run to start from"
+        "auto", "auto: the run's own newest checkpoint; never; or the folder or URL of another run to start from"
     )
     resume_data: bool = setting(
         True, "with resume=FOLDER; false: this run's data from the start, with FOLDER's weights, optimizer and step"
     )
     init_from: str | None = setting(
-        None, "a run, checkpoint or exported folder whose weights a new run starts with, and nothing else of it"
+        None,
+        "a run, checkpoint or exported folder, or the URL of a run or checkpoint, whose weights a new run starts with, and nothing else of it",
     )
 
     def __post_init__(self):
@@ -174,6 +180,8 @@ class TrainConfig:
                 )
         if self.truncate_state_gradient_every is not None:
             at_least("train.truncate_state_gradient_every", self.truncate_state_gradient_every, 1)
+        if self.checkpoint_store == "":
+            raise ValueError("train.checkpoint_store is empty; give a URL or a folder, or null for none")
         if not self.resume:
             raise ValueError("train.resume is empty; legal are auto, never, or a run or checkpoint folder")
         if self.resume in ("auto", "never") and not self.resume_data:

@@ -30,9 +30,9 @@ _OURS = {
     errno.EMFILE: "raise `ulimit -n`",
     errno.ENFILE: "raise the system's fs.file-max",
     errno.ENOMEM: "free some memory",
-    errno.ENOSPC: "make room in data.cache_dir",
-    errno.EDQUOT: "make room in data.cache_dir",
-    errno.EROFS: "choose a data.cache_dir that can be written",
+    errno.ENOSPC: "make room in {}",
+    errno.EDQUOT: "make room in {}",
+    errno.EROFS: "choose another place than {}, which cannot be written",
 }
 
 
@@ -40,8 +40,9 @@ class ShardError(ValueError):
     """A file of the data folder stayed unreadable, or is not the file that the manifest describes."""
 
 
-def with_retries(action, what: str, attempts: int | None = None):
-    """Calls `action` until it stops raising OSError; then raises ShardError(`what`), or ValueError where this machine is at fault."""
+def with_retries(action, what: str, attempts: int | None = None, folder: str = "data.cache_dir"):
+    """Calls `action` until it stops raising OSError; then raises ShardError(`what`), or ValueError where this machine is at fault.
+    folder: where it writes."""
     attempts = attempts or ATTEMPTS
     for attempt in range(attempts):
         try:
@@ -51,7 +52,7 @@ def with_retries(action, what: str, attempts: int | None = None):
         except OSError as error:
             if attempt + 1 == attempts:
                 if error.errno in _OURS:
-                    raise ValueError(f"{what}: {error.strerror}; {_OURS[error.errno]}") from error
+                    raise ValueError(f"{what}: {error.strerror}; {_OURS[error.errno].format(folder)}") from error
                 raise ShardError(f"{what}: unreadable after {attempts} attempts ({error})") from error
             # jitter, or a thousand ranks come back to the same server at the same moment
             time.sleep(FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1.0))

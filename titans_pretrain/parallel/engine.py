@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from titans_pretrain.models.causal_lm import TitansForCausalLM
 from titans_pretrain.parallel.gradients import all_reduce_in_buckets, clip_by_global_norm, sum_tied_gradients
 from titans_pretrain.parallel.mesh import Mesh
 from titans_pretrain.parallel.pipeline import Pipeline
+from titans_pretrain.parallel.ring import RingLink
 from titans_pretrain.training.engine import compute_dtype, count_targets, on_device
 from titans_pretrain.training.guard import UpdateGuard
 from titans_pretrain.training.optimizer import set_learning_rate
+from titans_pretrain.training.stopwatch import Stopwatch
+from titans_pretrain.training.stragglers import MEETING, PASSES, RING
 
 
 class ParallelEngine:
@@ -41,6 +45,10 @@ class ParallelEngine:
             self.guard = UpdateGuard(optimizer, device, config.train)
             if zero is not None:
                 optimizer.register_step_pre_hook(self._watch_zero)
+        self.stopwatch = Stopwatch(mesh.device)
+        for module in modules:
+            if isinstance(link := getattr(module, "link", None), RingLink):
+                link.waiting = partial(self.stopwatch, RING)
         self._unwatched: Tensor | None = None  # the loss of a step until the guard has seen it
         self.is_main, self.tensor_group, self.data_group = mesh.rank == 0, mesh.tensor.group, mesh.data_context.group
         self.micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.data.size)
@@ -56,16 +64,16 @@ class ParallelEngine:
 
     def forward_backward(self, batches: Sequence, targets: int) -> Tensor:
         scale = self.averaged / targets
-        with compute_dtype(self.mesh.device, self.autocast):
+        with self.stopwatch(PASSES), compute_dtype(self.mesh.device, self.autocast):
             if self.pipeline is not None:
                 total = self.pipeline.forward_backward(
                     [on_device(b, self.config, self.mesh.device) for b in batches], scale
                 )
             else:
                 total = self._forward_backward(batches, scale)
-        for module in self.modules:
-            if hasattr(module, "link"):
-                module.link.flush()
+            for module in self.modules:
+                if hasattr(module, "link"):
+                    module.link.flush()
         return self._sum(total / self.averaged if self._reports else 0.0)
 
     def _forward_backward(self, batches: Sequence, scale: float) -> Tensor | float:
@@ -101,16 +109,17 @@ class ParallelEngine:
         """Sums gradients over data and context ranks, and those of a tied embedding over its two stages."""
         if self.stepwise:
             return  # done in the backward passes
-        sum_tied_gradients(self.model, self.mesh.pipeline)
-        if self.zero is not None:
-            self.zero.allreduce_gradients()
-        elif self.mesh.data_context.size > 1:
-            gradients = []
-            for p in self.model.parameters():
-                if p.requires_grad:
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # alike on every rank
-                    gradients.append(p.grad)
-            all_reduce_in_buckets(gradients, self.mesh.data_context.group)
+        with self.stopwatch(MEETING):
+            sum_tied_gradients(self.model, self.mesh.pipeline)
+            if self.zero is not None:
+                self.zero.allreduce_gradients()
+            elif self.mesh.data_context.size > 1:
+                gradients = []
+                for p in self.model.parameters():
+                    if p.requires_grad:
+                        p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # alike on every rank
+                        gradients.append(p.grad)
+                all_reduce_in_buckets(gradients, self.mesh.data_context.group)
 
     def step(self, rate: float, loss: Tensor) -> Tensor:
         """Clips and updates, after reduce_gradients. Returns the norm before clipping."""
@@ -125,7 +134,8 @@ class ParallelEngine:
         largest = self.config.train.grad_clip or math.inf
         norm = clip_by_global_norm(self.model.named_parameters(), self.mesh, largest, self.config.model.tie_embeddings)
         self.guard.watch(loss, norm)
-        self._torch_optimizer.step()
+        with self.stopwatch(PASSES):
+            self._torch_optimizer.step()
         self._torch_optimizer.zero_grad()
         return norm
 
@@ -137,7 +147,7 @@ class ParallelEngine:
 
     def evaluate(self, batches: Sequence) -> float:
         inputs = [on_device(batch, self.config, self.mesh.device) for batch in batches]
-        with torch.no_grad(), compute_dtype(self.mesh.device, self.autocast):
+        with torch.no_grad(), self.stopwatch.off(), compute_dtype(self.mesh.device, self.autocast):
             if self.pipeline is not None:
                 total = self.pipeline.evaluate(inputs)
             else:
@@ -156,12 +166,14 @@ class ParallelEngine:
         """Over all ranks, in float64, on the device."""
         total = torch.as_tensor(value, device=self.mesh.device).to(torch.float64)
         if self.mesh.world > 1:
-            dist.all_reduce(total)
+            with self.stopwatch(MEETING):
+                dist.all_reduce(total)
         return total
 
     def _agree(self, value: int) -> int:
         """The sum over all ranks of what their hosts know."""
         total = torch.tensor(value)
         if self.mesh.world > 1:
-            dist.all_reduce(total, group=self.mesh.hosts)
+            with self.stopwatch(MEETING):
+                dist.all_reduce(total, group=self.mesh.hosts)
         return int(total)

@@ -8,6 +8,7 @@ the segments' length.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -63,9 +64,11 @@ class RingLink:
             for odd in (0, 1)
         }
 
+        self.waiting: Callable[[], AbstractContextManager] = nullcontext  # around every wait, for whoever measures
+
         def channel(way: str, link: int, peer: int) -> _Channel:
             """Over link i, which joins the ring's i-th rank and the next one: of two ranks, both links join the same two."""
-            return _Channel(groups[way, link % 2], axis.ranks[peer % axis.size], device)
+            return _Channel(groups[way, link % 2], axis.ranks[peer % axis.size], device, lambda: self.waiting())
 
         to_right, to_left = axis.rank, (axis.rank - 1) % axis.size
         self._states_out = channel("states", to_right, axis.rank + 1)
@@ -99,8 +102,8 @@ class RingLink:
 class _Channel:
     """One direction between this rank and one neighbour. A message is all of a state's tensors as one run of bytes."""
 
-    def __init__(self, group: dist.ProcessGroup, peer: int, device: torch.device):
-        self._group, self._peer, self._device = group, peer, device
+    def __init__(self, group: dist.ProcessGroup, peer: int, device: torch.device, waiting: Callable):
+        self._group, self._peer, self._device, self._waiting = group, peer, device, waiting
         self._pending: list[tuple[dist.Work, Tensor]] = []  # a buffer must live until it is sent
         self.traffic = Traffic()
 
@@ -117,15 +120,17 @@ class _Channel:
         work = dist.irecv(buffer, self._peer, group=self._group)
 
         def wait() -> LayerState:
-            work.wait()
+            with self._waiting():
+                work.wait()
             pieces = iter(buffer.split(sizes))
             return map_tensors(lambda x: _shaped(next(pieces), x), template)
 
         return wait
 
     def flush(self) -> None:
-        for work, _ in self._pending:
-            work.wait()
+        with self._waiting():
+            for work, _ in self._pending:
+                work.wait()
         self._pending.clear()
 
 

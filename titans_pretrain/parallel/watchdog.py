@@ -72,6 +72,9 @@ class Watchdog(Hook):
     def after_validation(self, trainer, line: dict) -> None:
         self._moved = time.monotonic()
 
+    def after_run(self, trainer) -> None:
+        self._moved = math.inf  # an upload may take its time
+
     def _watch(self, store: dist.Store) -> None:
         rank, world = dist.get_rank(), dist.get_world_size()
         watched = (rank + 1) % world

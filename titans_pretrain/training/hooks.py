@@ -29,6 +29,9 @@ class Hook:
     def after_save(self, trainer: "Trainer", checkpoint: Path) -> None:
         """The checkpoint is on disk; with train.checkpoint_async some steps later."""
 
+    def after_run(self, trainer: "Trainer") -> None:
+        """All steps are done, or a signal stopped the run; its last checkpoint is on disk."""
+
     def on_error(self, trainer: "Trainer", error: Exception) -> None:
         """Before the error that ends the run is raised."""
 

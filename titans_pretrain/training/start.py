@@ -1,15 +1,19 @@
 """Where training starts: nowhere yet, the run's own newest checkpoint that is whole, or another run's."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from titans_pretrain.checkpoint import check_checkpoint, checkpoints, find_checkpoint, latest_checkpoint
-from titans_pretrain.checkpoint.together import DamagedCheckpoint, from_all, rank
+from titans_pretrain.checkpoint.remote import RemoteStore, fetch_checkpoint
+from titans_pretrain.checkpoint.together import DamagedCheckpoint, by_first, rank
 from titans_pretrain.config import Config, changed_keys, load_run_config
+from titans_pretrain.training.mirror import RUN_FILES
 
 # These change how the model computes, not what: they may differ from the checkpoint's.
 _SPEED_ONLY = {"model.attention_backend", "model.memory.backend", "model.memory.checkpoint_every"}
@@ -31,7 +35,13 @@ def find_start(config: Config) -> Start:
 
     Raises ValueError where the run may not go on, or not with this model; DamagedCheckpoint where no checkpoint is whole."""
     train, run_dir = config.train, Path(config.run.dir)
+    if train.checkpoint_store is not None and _is_folder(train.checkpoint_store, run_dir):
+        raise ValueError(
+            f"train.checkpoint_store={train.checkpoint_store} is the run folder itself; give another place"
+        )
     own = latest_checkpoint(run_dir)
+    if own is None and train.checkpoint_store is not None:
+        own = _from_store(train.checkpoint_store, run_dir, train.resume)
     if own is not None:
         if train.resume == "never":
             raise ValueError(
@@ -40,37 +50,66 @@ def find_start(config: Config) -> Start:
             )
         start = Start(_newest_whole(own))
     elif train.init_from is not None:
-        start = Start(_initial_weights(Path(train.init_from), run_dir), weights_only=True, data=False)
+        start = Start(_initial_weights(train.init_from, run_dir), weights_only=True, data=False)
     elif train.resume in ("auto", "never"):
         return Start(None)
     else:
-        start = Start(find_checkpoint(train.resume), data=train.resume_data, branches=True)
+        start = Start(_of_another_run(train.resume, run_dir / "resume"), data=train.resume_data, branches=True)
     if own is None:
         check_checkpoint(start.checkpoint)
     return start._replace(changes=_changes(start, config))
 
 
-def _initial_weights(source: Path, run_dir: Path) -> Path:
+def _is_folder(url: str, folder: Path) -> bool:
+    return Path(re.sub("^(file|local)://", "", url)).resolve() == folder.resolve()
+
+
+def _from_store(url: str, run_dir: Path, resume: str) -> Path | None:
+    """The newest whole checkpoint of the run's own store, copied into its folder; None where there is none."""
+    if resume == "never":
+        if names := by_first(RemoteStore(url).complete):
+            raise ValueError(
+                f"{url} holds {names[-1]} and train.resume=never would train over it; choose another "
+                "train.checkpoint_store or train.resume=auto"
+            )
+        return None
+    found = by_first(partial(fetch_checkpoint, url, run_dir, RUN_FILES))
+    if found is not None and rank() == 0:
+        print(f"{run_dir} has no checkpoint; copied {found.name} from {url}", flush=True)
+    return found
+
+
+def _of_another_run(source: str, copies: Path) -> Path:
+    """The checkpoint that a path or a URL means. One from a URL is copied into the folder `copies`, and stays there."""
+    if "://" not in source:
+        return find_checkpoint(source)
+    found = by_first(partial(fetch_checkpoint, source, copies))
+    if found is None:
+        raise ValueError(
+            f"{source} holds no checkpoint; give the URL of a run's train.checkpoint_store, or of a checkpoint"
+        )
+    return found
+
+
+def _initial_weights(given: str, run_dir: Path) -> Path:
     """The checkpoint that train.init_from means; of an export it is made, once, in RUN/init_from."""
     from titans_pretrain.hf.importing import is_export
 
-    if not is_export(source):
-        return find_checkpoint(source)
-    refused = _import_alone(source, run_dir / "init_from") if rank() == 0 else None
-    for told in from_all(refused):
-        if told is not None:
-            raise ValueError(f"train.init_from={source}: {told}")
+    if "://" in given or not is_export(given):
+        return _of_another_run(given, run_dir / "init_from")
+    by_first(partial(_import_alone, given, run_dir / "init_from"))
     return find_checkpoint(run_dir / "init_from")
 
 
-def _import_alone(source: Path, folder: Path) -> str | None:
-    """`titans-pretrain import` in a process of its own, whose memory holds the whole model while no other does. Its error."""
+def _import_alone(source: str, folder: Path) -> None:
+    """`titans-pretrain import` in a process of its own, whose memory holds the whole model while no other does. Raises ValueError."""
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "titans_pretrain", "import", str(source), str(folder)]
+    command = [sys.executable, "-m", "titans_pretrain", "import", source, str(folder)]
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     ended = subprocess.run(command, env=alone, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    last = ended.stderr.strip().splitlines()[-1:] or [f"the import ended with {ended.returncode}"]
-    return last[0].removeprefix("error: ") if ended.returncode else None
+    if ended.returncode:
+        last = ended.stderr.strip().splitlines()[-1:] or [f"the import ended with {ended.returncode}"]
+        raise ValueError(f"train.init_from={source}: {last[0].removeprefix('error: ')}")
 
 
 def _newest_whole(newest: Path) -> Path:

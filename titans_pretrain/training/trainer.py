@@ -127,6 +127,8 @@ class Trainer:
             self._report(loggers, progress)
             self.save(run_dir, loggers)
             self._settle()
+            for hook in self.hooks:
+                hook.after_run(self)
         except Exception as error:
             self._report(loggers, progress)
             for hook in self.hooks:

@@ -32,6 +32,9 @@ class Counting(Hook):
     def after_save(self, trainer, checkpoint):
         self.seen.append(f"saved {checkpoint.name[-1]}")
 
+    def after_run(self, trainer):
+        self.seen.append(f"done {trainer.saved.name[-1]}")
+
     def on_error(self, trainer, error):
         self.seen.append(f"error {error}")
 
@@ -46,7 +49,9 @@ def test_the_order_of_calls_and_the_numbers_they_add(make_trainer, tmp_path):
     trainer, hook = make_trainer(steps=3, validate=True, eval_every=2, checkpoint_every=2), Counting()
     trainer.hooks = [hook, Hook()]
     run(trainer, tmp_path / "a")
-    steps = "before 1, after 1, before 2, after 2, validated 2, saved 2, before 3, after 3, validated 3, saved 3"
+    steps = (
+        "before 1, after 1, before 2, after 2, validated 2, saved 2, before 3, after 3, validated 3, saved 3, done 3"
+    )
     assert hook.seen == steps.split(", ")
     assert [line["count"] for line in read_metrics(tmp_path / "a/metrics.jsonl") if "lr" in line] == [1, 2, 3]
     assert_same(weights(trainer), weights(run(make_trainer(steps=3), tmp_path / "twin")))
