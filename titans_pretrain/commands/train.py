@@ -32,6 +32,7 @@ from titans_pretrain.training.gauge import Gauge
 from titans_pretrain.training.health import HealthHook
 from titans_pretrain.training.hooks import Hook
 from titans_pretrain.training.loggers import build_loggers
+from titans_pretrain.training.norms import NormsHook
 from titans_pretrain.training.plot import plot_loss
 from titans_pretrain.training.profiler import Profiler
 from titans_pretrain.training.progress import Progress
@@ -103,7 +104,7 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start,
         rows = config.train.eval_batches * config.train.micro_batch  # of all processes: the loss is that of one process
         try:
             validation = build_reader(config, split="validation", epochs=1, rows=rows, **place)
-            validator = Validator(validation, config.train.eval_batches)
+            validator = Validator(validation, config.train.eval_batches, average=config.train.ema > 0)
         except NoDocuments as error:
             without_validation = f"warning: trains without validation: {error}"
     with torch.device("meta"):
@@ -113,8 +114,10 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start,
     trainer = Trainer(config, engine, reader, validator, mesh.device)
     profiler = Profiler(run_dir, config.run.profile_steps, mesh.rank)
     trainer.hooks = [*hooks, profiler]
-    if config.train.health_every and not config.train.compile:
-        trainer.hooks.append(HealthHook(engine.model, config.train.health_every))
+    if every := config.train.health_every:
+        trainer.hooks.append(NormsHook(every))
+        if not config.train.compile:
+            trainer.hooks.append(HealthHook(engine.model, every))
     if start.weights_only:
         trainer.start_from(start.checkpoint)
     elif start.checkpoint is not None:
