@@ -181,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="of the weights (default: float32)",
     )
+    sub.add_argument("--ema", action="store_true", help="the moving average of the weights, of a run with train.ema")
 
     sub = command(
         "import",
@@ -422,7 +423,7 @@ def _print_pieces(pieces: Iterator[str]) -> None:
 def _export(args) -> None:
     from titans_pretrain.hf.export import export_checkpoint
 
-    export_checkpoint(args.path, args.out, args.dtype)
+    export_checkpoint(args.path, args.out, args.dtype, average=args.ema)
     print(f"wrote {args.out}")
 
 

@@ -4,20 +4,21 @@ import pytest
 import torch
 from parity import case, fresh, global_batch
 
+from titans_pretrain.checkpoint.state import take_snapshot
 from titans_pretrain.data.reader import Batch
 from titans_pretrain.parallel.apply import build_engine
 from titans_pretrain.parallel.mesh import build_mesh, leave_mesh
 from titans_pretrain.training.guard import FINE, NOT_FINITE, SPIKE
 
 
-def losses(values: dict, harm: dict[int, float]) -> tuple[list[int], list[float]]:
-    """Verdicts and losses of ten steps; harm: what the gradients of a step are multiplied by. A step that is harmed reads no row of
-    its own, so that without it all would be the same."""
+def losses(values: dict, harm: dict[int, float]) -> tuple[list[int], list[float], dict[str, torch.Tensor]]:
+    """Verdicts and losses of ten steps, and what this rank would save after eight that were not harmed; harm: what the gradients of
+    a step are multiplied by. A step that is harmed reads no row of its own, so that without it all would be the same."""
     config, model = fresh(values)
     mesh = build_mesh(config, torch.device("cpu"))
     torch.manual_seed(0)
     engine = build_engine(config, model, mesh)
-    verdicts, found, read = [], [], 0
+    verdicts, found, saved, read = [], [], {}, 0
     for step in range(10):
         batch = global_batch(read, 4)
         read += step not in harm
@@ -36,8 +37,11 @@ def losses(values: dict, harm: dict[int, float]) -> tuple[list[int], list[float]
         verdicts.append(int(engine.guard.verdict))
         if step not in harm:
             found.append(float(loss))
+        if len(found) == 8 and not saved:
+            tensors = take_snapshot(config, engine.model, engine.optimizer, {"step": step}).tensors
+            saved = {name: tensor.clone() for name, tensor in tensors.items()}
     leave_mesh()
-    return verdicts, found
+    return verdicts, found, saved
 
 
 LAYOUTS = [
@@ -49,8 +53,14 @@ LAYOUTS = [
     {"zero_stage": 2, "precision": "bf16"},
     {"zero_stage": 3},
     {"zero_stage": 3, "precision": "bf16"},
+    {"optimizer": "muon", "ema": 0.9},
+    {"optimizer": "muon", "ema": 0.9, "tp": 2},
+    {"optimizer": "muon", "ema": 0.9, "zero_stage": 1, "precision": "bf16"},
+    {"optimizer": "muon", "ema": 0.9, "zero_stage": 1, "offload_optimizer": True},
+    {"optimizer": "muon", "ema": 0.9, "zero_stage": 2},
 ]
-QUICK = ({}, {"zero_stage": 1, "precision": "bf16"}, {"zero_stage": 2})
+OF_TRAINING = {"precision", "optimizer", "ema"}
+QUICK = ({}, {"zero_stage": 1, "precision": "bf16"}, {"zero_stage": 2}, LAYOUTS[8], LAYOUTS[10])
 
 
 @pytest.mark.parametrize(
@@ -59,12 +69,14 @@ QUICK = ({}, {"zero_stage": 1, "precision": "bf16"}, {"zero_stage": 2})
     ids=lambda x: "-".join(map(str, x.values())) or "plain",
 )
 def test_a_harmful_step_is_as_if_it_had_not_been(ranks, layout):
-    precision = layout.get("precision", "fp32")
-    parallel = {f"parallel__{k}": v for k, v in layout.items() if k != "precision"}
-    values = case("lmm", train__precision=precision, train__on_nan="skip", train__on_spike="skip", **parallel)
+    changes = {f"{'train' if k in OF_TRAINING else 'parallel'}__{k}": v for k, v in layout.items()}
+    values = case("lmm", train__on_nan="skip", train__on_spike="skip", **changes)
     values["train"] |= {"warmup_steps": 0, "spike_window": 4, "spike_sigma": 100.0}
     harmed, clean = (ranks(2).run(losses, values, harm) for harm in ({5: 1e4, 6: float("nan")}, {}))
-    for verdicts, found in harmed:
+    for (verdicts, found, saved), (_, expected, kept) in zip(harmed, clean, strict=True):
         assert verdicts == [FINE] * 5 + [SPIKE, NOT_FINITE] + [FINE] * 3
-        assert found == clean[0][1][:8]
+        assert found == expected[:8]
+        assert saved.keys() == kept.keys() and any("momentum" in n for n in saved) == ("optimizer" in layout)
+        for name, tensor in kept.items():
+            assert torch.equal(saved[name], tensor), name
     assert clean[0][0] == [FINE] * 10

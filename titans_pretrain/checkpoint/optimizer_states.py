@@ -1,4 +1,4 @@
-"""Adam's moments and the float32 weights by parameter, wherever an optimizer keeps them.
+"""An optimizer's moments, the float32 weights and their average by parameter, wherever an optimizer keeps them.
 
 A torch optimizer has them as they are. DeepSpeed ZeRO has flat pieces of them on every rank of its data-parallel group: they are
 put together parameter by parameter, and each rank keeps only its share of the parameters, so no rank ever holds all of the state.
@@ -11,14 +11,50 @@ import torch
 from torch import Tensor, nn
 
 from titans_pretrain.checkpoint.spread import read_shared
+from titans_pretrain.training.ema import AVERAGE, is_averaging
+from titans_pretrain.training.muon import MOMENTUM, Muon
+from titans_pretrain.training.optimizer import is_muons
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("weight", *MOMENTS)
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 Read = Callable[[str, dict[str, Tensor]], None]  # (kind, name -> tensor to be filled)
 
 
-class TorchStates:
-    """Of a torch.optim.AdamW: the tensors themselves."""
+class _States:
+    """optimizer: torch's, or the one inside of ZeRO."""
+
+    optimizer: torch.optim.Optimizer
+
+    def steps(self) -> int:
+        """Finished steps."""
+        found = {int(s["step"]) for s in self.optimizer.state.values() if "step" in s}
+        assert len(found) <= 1, f"parameters were updated {found} times: AdamW updates all or none"
+        return found.pop() if found else 0
+
+    def kinds(self, name: str, p: nn.Parameter) -> tuple[str, ...]:
+        """What there is of a parameter: "weight", and the optimizer's states by their names there."""
+        muons = isinstance(self.optimizer, Muon) and is_muons(name, p)
+        return "weight", *((MOMENTUM,) if muons else MOMENTS), *((AVERAGE,) if is_averaging(self.optimizer) else ())
+
+    def by_kind(self, named: dict[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
+        found: dict[str, dict[str, nn.Parameter]] = {}
+        for name, p in named.items():
+            for kind in self.kinds(name, p):
+                found.setdefault(kind, {})[name] = p
+        return found
+
+    def empty(self, p: Tensor, steps: int) -> dict[str, Tensor]:
+        """As the optimizer makes it in its first step; fused kernels read `step` on the parameter's device."""
+        options = self.optimizer.defaults
+        average = {AVERAGE: torch.zeros_like(p)} if is_averaging(self.optimizer) else {}
+        if any(p is q for group in self.optimizer.param_groups if group.get("muon") for q in group["params"]):
+            return {MOMENTUM: torch.zeros_like(p), **average}
+        device = p.device if options["fused"] or options["capturable"] else "cpu"
+        step = torch.tensor(float(steps), dtype=torch.float32, device=device)
+        return {"step": step, **{moment: torch.zeros_like(p) for moment in MOMENTS}, **average}
+
+
+class TorchStates(_States):
+    """Of an optimizer of torch: the tensors themselves."""
 
     copies = False
 
@@ -26,30 +62,27 @@ class TorchStates:
         """data_group: ranks that hold the same, None: this one alone."""
         self.optimizer, self.data_group = optimizer, data_group
 
-    def steps(self) -> int:
-        """Finished steps."""
-        return _steps(self.optimizer)
-
     def tensors(self, named: dict[str, nn.Parameter]) -> Iterator[tuple[str, str, Tensor]]:
         """(kind, name, tensor) of what this rank hands out."""
-        for kind in KINDS:
-            for name, p in named.items():
-                yield kind, name, self._tensor(p, kind)
+        for kind, those in self.by_kind(named).items():
+            for name, p in those.items():
+                yield kind, name, self.whole(p, kind)
 
     def load(self, named: dict[str, nn.Parameter], steps: int, read: Read) -> None:
         """Takes over the state of so many finished steps."""
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                self.optimizer.state[p] = _empty_state(self.optimizer, p, steps)
-        for kind in KINDS:
-            tensors = {name: self._tensor(p, kind) for name, p in named.items()}
+                self.optimizer.state[p] = self.empty(p, steps)
+        for kind, those in self.by_kind(named).items():
+            tensors = {name: self.whole(p, kind) for name, p in those.items()}
             read_shared(partial(read, kind), tensors, self.data_group)
 
-    def _tensor(self, p: nn.Parameter, kind: str) -> Tensor:
+    def whole(self, p: nn.Parameter, kind: str) -> Tensor:
+        """As this rank has the parameter."""
         return p.data if kind == "weight" else self.optimizer.state[p][kind]
 
 
-class ZeroStates:
+class ZeroStates(_States):
     """Of a DeepSpeed engine, ZeRO stage 1, 2 or 3. tensors() is collective over its data-parallel group."""
 
     SHARE = 2**28  # bytes that a rank loads at a time
@@ -57,32 +90,37 @@ class ZeroStates:
 
     def __init__(self, engine):
         self.zero = engine.optimizer
+        self.optimizer = self.zero.optimizer
         self.stage, self.data_group = engine.zero_optimization_stage(), engine.data_parallel_group
         self.rank = torch.distributed.get_rank(self.data_group)
         self.size = torch.distributed.get_world_size(self.data_group)
 
-    def steps(self) -> int:
-        return _steps(self.zero.optimizer)
-
     def tensors(self, named: dict[str, nn.Parameter]) -> Iterator[tuple[str, str, Tensor]]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
         self._link()
         for i, (name, p) in enumerate(named.items()):
-            for kind in KINDS:
-                full = safe_get_full_fp32_param(p) if kind == "weight" else safe_get_full_optimizer_state(p, kind)
+            for kind in self.kinds(name, p):
+                full = self._gathered(p, kind)
                 if i % self.size == self.rank:
                     yield kind, name, full.cpu()  # a GPU has no room for another copy of its share
 
-    def load(self, named: dict[str, nn.Parameter], steps: int, read: Read) -> None:
-        inner = self.zero.optimizer
-        for flat in self.partitions():
-            inner.state[flat] = _empty_state(inner, flat, steps)
+    def whole(self, p: nn.Parameter, kind: str) -> Tensor:
         self._link()
-        for kind in KINDS:
+        return self._gathered(p, kind)
+
+    @staticmethod
+    def _gathered(p: nn.Parameter, kind: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        return safe_get_full_fp32_param(p) if kind == "weight" else safe_get_full_optimizer_state(p, kind)
+
+    def load(self, named: dict[str, nn.Parameter], steps: int, read: Read) -> None:
+        for flat in self.partitions():
+            self.optimizer.state[flat] = self.empty(flat, steps)
+        self._link()
+        for kind, those in self.by_kind(named).items():
             part: dict[str, Tensor] = {}
-            for name, p in named.items():
-                if kind in MOMENTS and getattr(p, "_hp_mapping", p) is None:
+            for name, p in those.items():
+                if kind != "weight" and getattr(p, "_hp_mapping", p) is None:
                     continue  # stages 1, 2: none of it is on this rank
                 part[name] = torch.empty(getattr(p, "ds_shape", p.shape), dtype=torch.float32, device=p.device)
                 if sum(t.nbytes for t in part.values()) > self.SHARE:
@@ -91,7 +129,7 @@ class ZeroStates:
             self._fill(named, kind, part, read)
 
     def _link(self) -> None:
-        """Shows DeepSpeed's accessors the moments as they are: it looks once, and may have been too early."""
+        """Shows DeepSpeed's accessors the states as they are: it looks once, and may have been too early."""
         if self.stage < 3:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
@@ -141,16 +179,3 @@ def states_of(optimizer, data_group=None) -> TorchStates | ZeroStates:
     if isinstance(optimizer, torch.optim.Optimizer):
         return TorchStates(optimizer, data_group)
     return ZeroStates(optimizer)
-
-
-def _empty_state(optimizer: torch.optim.Optimizer, p: Tensor, steps: int) -> dict[str, Tensor]:
-    """As AdamW makes it in its first step; fused kernels read `step` on the parameter's device."""
-    beside = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
-    step = torch.tensor(float(steps), dtype=torch.float32, device=p.device if beside else "cpu")
-    return {"step": step, **{moment: torch.zeros_like(p) for moment in MOMENTS}}
-
-
-def _steps(optimizer: torch.optim.Optimizer) -> int:
-    found = {int(s["step"]) for s in optimizer.state.values() if "step" in s}
-    assert len(found) <= 1, f"parameters were updated {found} times: AdamW updates all or none"
-    return found.pop() if found else 0

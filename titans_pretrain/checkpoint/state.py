@@ -1,7 +1,8 @@
 """What a checkpoint holds: logical, full-shape tensors by parameter name, random states, and the trainer's few numbers.
 
 weights/        torch.distributed.checkpoint: "model.NAME" (parameters, float32 where an optimizer has masters, and persistent
-                buffers; a tied tensor once), "exp_avg.NAME" and "exp_avg_sq.NAME" of every trained parameter; metadata.json
+                buffers; a tied tensor once); of trained parameters "exp_avg.NAME" and "exp_avg_sq.NAME", or Muon's
+                "momentum_buffer.NAME", and "ema.NAME" where the weights are averaged; metadata.json
 rng.pt          random states of torch, CUDA, numpy and Python
 trainer.json    step, tokens, the reader's cursor, optimizer steps
 config.yaml     the resolved config
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from titans_pretrain.checkpoint.checksums import SUMS, check_files, hash_files, write_sums
 from titans_pretrain.checkpoint.metadata import Reader, Writer
-from titans_pretrain.checkpoint.optimizer_states import KINDS, states_of
+from titans_pretrain.checkpoint.optimizer_states import states_of
 from titans_pretrain.checkpoint.store import (
     begin_folder,
     checkpoint_name,
@@ -49,6 +50,7 @@ from titans_pretrain.checkpoint.together import (
     world,
 )
 from titans_pretrain.config import Config, load_run_config, save_config
+from titans_pretrain.training.ema import AVERAGE
 
 FORMAT_VERSION = 3  # 2: a pickle in the place of weights/metadata.json, and no checksums
 OLDEST_VERSION = 2
@@ -139,7 +141,8 @@ def write_snapshot(run_dir: Path, snapshot: Snapshot) -> Path:
 def load_checkpoint(
     checkpoint: Path, model: nn.Module, optimizer, tensor_group=None, data_group=None, *, checked: bool = False
 ) -> dict:
-    """Puts a checkpoint of any layout back into a model, its optimizer and the random generators; returns the trainer's numbers.
+    """Puts a checkpoint of any layout back into a model, its optimizer and the random generators; returns the trainer's numbers. An
+    average of the weights that it does not have starts with the weights.
 
     See take_snapshot for the arguments; data_group: ranks with the same parameters, which read them once; checked: its files
     have been compared with their checksums. With several processes all call it, and it raises on all or none: ValueError for a
@@ -147,7 +150,7 @@ def load_checkpoint(
     if not checked:
         check_files(checkpoint)
     trainer = read_trainer(checkpoint)
-    _take_over(checkpoint, model, optimizer, tensor_group, data_group, trainer["optimizer_steps"], KINDS)
+    _take_over(checkpoint, model, optimizer, tensor_group, data_group, trainer["optimizer_steps"])
     with reading(checkpoint):
         _set_rng_states(checkpoint / "rng.pt")
     return trainer
@@ -161,52 +164,60 @@ def load_initial(
     if not checked:
         check_files(checkpoint)
     read_trainer(checkpoint)
-    _take_over(checkpoint, model, optimizer, tensor_group, data_group, 0, ("weight",))
+    _take_over(checkpoint, model, optimizer, tensor_group, data_group, None)
 
 
-def _take_over(
-    checkpoint: Path, model: nn.Module, optimizer, tensor_group, data_group, steps: int, kinds: Sequence[str]
-) -> None:
-    """kinds: of KINDS, that come from the checkpoint; the others are zero, as before a first step."""
-    trained = _trained(model)
-    _check_fit(checkpoint, model, trained if kinds == KINDS else {}, tensor_group)
+def _take_over(checkpoint: Path, model: nn.Module, optimizer, tensor_group, data_group, steps: int | None) -> None:
+    """steps: finished ones of the optimizer. None: the weights alone, and the rest as before a first step."""
+    trained, states = _trained(model), states_of(optimizer, data_group)
+    kinds = {} if steps is None else {name: states.kinds(name, p) for name, p in trained.items()}
+    averaged = _check_fit(checkpoint, model, kinds, tensor_group)
 
     def read(kind: str, tensors: dict[str, Tensor]) -> None:
-        if kind in kinds:
+        if kind == AVERAGE and not averaged:
+            kind = "weight"
+        if kind == "weight" or steps is not None:
             _read(checkpoint, {_key(kind, n): _global(t, trained[n], tensor_group) for n, t in tensors.items()})
         else:
             for tensor in tensors.values():
                 tensor.zero_()
 
     with reading(checkpoint):
-        states_of(optimizer, data_group).load(trained, steps, read)
+        states.load(trained, steps or 0, read)
         _read(checkpoint, _untrained(model, tensor_group))
 
 
-def load_model(path: str | Path) -> tuple[nn.Module, Config]:
-    """The model of a run or checkpoint folder, in evaluation mode, and its config."""
+def load_model(path: str | Path, average: bool = False) -> tuple[nn.Module, Config]:
+    """The model of a run or checkpoint folder, in evaluation mode, and its config. average: with the average of its weights
+    (`train.ema`); ValueError where there is none."""
     from titans_pretrain.models import build_model
 
     checkpoint = find_checkpoint(path)
     config = load_run_config(checkpoint)
     with torch.device("meta"):
         model = build_model(config.model)
-    load_weights(checkpoint, model.to_empty(device="cpu"))
+    load_weights(checkpoint, model.to_empty(device="cpu"), average=average)
     return model.eval(), config
 
 
-def load_weights(checkpoint: Path, model: nn.Module, tensor_group=None) -> None:
-    """Copies a checkpoint's parameters and buffers into `model`; every one must be there and fit."""
+def load_weights(checkpoint: Path, model: nn.Module, tensor_group=None, average: bool = False) -> None:
+    """Copies a checkpoint's parameters, or their average, and its buffers into `model`; every one must be there and fit."""
     check_files(checkpoint)
     read_trainer(checkpoint)
-    _check_fit(checkpoint, model, {}, tensor_group)
-    tensors = {_key("weight", n): _global(p.data, p, tensor_group) for n, p in _trained(model).items()}
+    trained = _trained(model)
+    if (
+        not _check_fit(checkpoint, model, {n: ("weight", AVERAGE) for n in trained} if average else {}, tensor_group)
+        and average
+    ):
+        raise ValueError(f"{checkpoint} has no average of the weights: its run was trained with train.ema=0")
+    kind = AVERAGE if average else "weight"
+    tensors = {_key(kind, n): _global(p.data, p, tensor_group) for n, p in trained.items()}
     with reading(checkpoint):
         _read(checkpoint, tensors | _untrained(model, tensor_group))
 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, whole: "model.NAME", "exp_avg.NAME", "exp_avg_sq.NAME"."""
+    """Every tensor of a checkpoint, whole: "model.NAME", and the optimizer's as "exp_avg.NAME"."""
     check_files(checkpoint)
     with reading(checkpoint):
         tensors = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in _entries(checkpoint).items()}
@@ -303,21 +314,26 @@ def _read(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
         dcp.load(tensors, storage_reader=Reader(checkpoint / WEIGHTS), no_dist=True)
 
 
-def _check_fit(checkpoint: Path, model: nn.Module, trained: dict[str, nn.Parameter], tensor_group) -> None:
-    """Raises ValueError, on all ranks, unless every tensor of the model is there, in the same shape, and, in one process, no other."""
+def _check_fit(checkpoint: Path, model: nn.Module, kinds: dict[str, Sequence[str]], tensor_group) -> bool:
+    """Raises ValueError, on all ranks, unless every tensor of the model is there, in the same shape, and, in one process, no other.
+    kinds: what is wanted of a parameter, the weight alone where it is not in it. Returns whether an average of the weights is both
+    there and wanted: either may do without."""
     wanted = {}
     for name, p in model.named_parameters():
         shape = list(getattr(p, "ds_shape", p.shape))
         if getattr(p, "tensor_model_parallel", False) and tensor_group is not None:
             shape[p.partition_dim] *= tensor_group.size()
-        for kind in KINDS if name in trained else ("weight",):
+        for kind in kinds.get(name, ("weight",)):
             wanted[_key(kind, name)] = shape
     wanted |= {_key("weight", name): list(t.shape) for name, t in _buffers(model).items()}
     with reading(checkpoint):
         there = {name: list(entry.size) for name, entry in _entries(checkpoint).items()}
+    averaged = all(any(name.startswith(f"{AVERAGE}.") for name in names) for names in (there, wanted))
     names = set(wanted)
     if world() == 1:
-        names |= {n for n in there if n.startswith("model.") or trained}
+        names |= {n for n in there if n.startswith("model.") or kinds}
+    if not averaged:
+        names = {n for n in names if not n.startswith(f"{AVERAGE}.")}
     odd = {n: (there.get(n), wanted.get(n)) for n in names if there.get(n) != wanted.get(n)}
     odd = {n: shapes for found in from_all(odd) for n, shapes in found.items()}
     if odd:
@@ -327,6 +343,7 @@ def _check_fit(checkpoint: Path, model: nn.Module, trained: dict[str, nn.Paramet
             f"{checkpoint} does not fit the model: {len(odd)} tensors differ, the first is {first.removeprefix('model.')} "
             f"({has} there, {needs} here)"
         )
+    return averaged
 
 
 def _rng_states() -> dict:

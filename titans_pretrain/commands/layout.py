@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from titans_pretrain.commands.activations import Steps, activation_bytes, count_steps
 from titans_pretrain.config import Config
@@ -15,6 +16,7 @@ from titans_pretrain.models.state import tensors
 from titans_pretrain.parallel.layout import check_layout, needs_segments, stage_layers
 from titans_pretrain.parallel.segments import state_template
 from titans_pretrain.parallel.stage import stage_parts
+from titans_pretrain.training.optimizer import is_muons
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,22 @@ class Layout:
 
     def parameters(self, pipeline_rank: int) -> int:
         """Of one process, before ZeRO partitions them."""
+        return sum(p.numel() for _, p in self._named(pipeline_rank))
+
+    def matrices(self, pipeline_rank: int) -> int:
+        """Those of the parameters that Muon updates, where it does."""
+        if self.config.train.optimizer != "muon":
+            return 0
+        return sum(p.numel() for name, p in self._named(pipeline_rank) if is_muons(name, p))
+
+    def _named(self, pipeline_rank: int) -> Iterator[tuple[str, nn.Parameter]]:
         stages = self.stages[pipeline_rank :: self.config.parallel.pp]
-        parts = {part for layers in stages for part in stage_parts(self.config.model, layers)}
-        return sum(p.numel() for part in parts for p in self.model.get_submodule(part).parameters())
+        for part in {part for layers in stages for part in stage_parts(self.config.model, layers)}:
+            yield from self.model.get_submodule(part).named_parameters(prefix=part)
 
     def memory(self, pipeline_rank: int) -> dict[str, float]:
         """Bytes of a process; see state_bytes and activations.py."""
-        held = state_bytes(self.config, self.parameters(pipeline_rank), self.dp)
+        held = state_bytes(self.config, self.parameters(pipeline_rank), self.dp, self.matrices(pipeline_rank))
         return held | {"activations": self.activations(pipeline_rank)}
 
     def activations(self, pipeline_rank: int = 0) -> float:
@@ -171,17 +182,18 @@ def ring_efficiency(layers: int, ranks: int, segments: int, inflight: int) -> fl
     return work / (work + waits)
 
 
-def state_bytes(config: Config, parameters: int, dp: int) -> dict[str, float]:
-    """Bytes of one process for its parameters, their gradients, and what the optimizer keeps: Adam's two moments and, with ZeRO,
-    float32 masters. ZeRO partitions over DP x CP."""
+def state_bytes(config: Config, parameters: int, dp: int, matrices: int = 0) -> dict[str, float]:
+    """Bytes of one process for its parameters, their gradients, and what the optimizer keeps: Adam's two moments or, of so many in
+    matrices, Muon's one, an average of the weights and, with ZeRO, float32 masters. ZeRO partitions over DP x CP."""
     p, ranks = config.parallel, dp * config.parallel.cp
     size = 2 if config.train.precision == "bf16" and p.zero_stage else 4
     gradients = parameters * (size / ranks if p.zero_stage >= 2 else 4)
     if needs_segments(config):
         gradients += parameters * size  # a walk collects those of all its segments before it hands them over
+    kept = 2 + (p.zero_stage > 0) + (config.train.ema > 0)
     optimizer = "optimizer, in CPU memory" if p.offload_optimizer else "optimizer"
     return {
         "parameters": parameters * size / (ranks if p.zero_stage == 3 else 1),
         "gradients": gradients,
-        optimizer: parameters * (12 / ranks if p.zero_stage else 8),
+        optimizer: 4 * (parameters * kept - matrices) / (ranks if p.zero_stage else 1),
     }

@@ -11,6 +11,7 @@ from titans_pretrain.disk import write_whole
 from titans_pretrain.training.events import read_events
 from titans_pretrain.training.guard import NOT_FINITE
 from titans_pretrain.training.health import NAMES
+from titans_pretrain.training.norms import GROUPS
 from titans_pretrain.training.plot import smoothed
 
 CURVES = {
@@ -45,7 +46,7 @@ def write_page(
         "<h2>Loss</h2>",
         _loss(lines, unigram_entropy),
         "<h2>Training</h2>",
-        _plots(_curves(lines)),
+        _plots([*_curves(lines), *_group_norms(lines)]),
         "<h2>Memory, by layer</h2>",
         _plots(_health(lines)) or '<p class="none">No layer was looked at (train.health_every).</p>',
         "<h2>Events</h2>",
@@ -78,6 +79,15 @@ def _loss(lines: Sequence[dict], unigram_entropy: float | None) -> str:
     axes.plot(*_thinned(steps, smoothed(losses)), color="tab:blue", label="training, smoothed")
     if validation:
         axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=3, label="validation")
+    averaged = [(line["step"], line["validation_loss_ema"]) for line in lines if "validation_loss_ema" in line]
+    if averaged:
+        axes.plot(
+            *zip(*averaged, strict=True),
+            color="tab:green",
+            marker="o",
+            markersize=3,
+            label="validation, averaged weights",
+        )
     if unigram_entropy is not None:
         axes.axhline(unigram_entropy, color="gray", linestyle="--", linewidth=1, label="unigram entropy")
     _mark_skipped(axes, lines)
@@ -96,6 +106,22 @@ def _curves(lines: Sequence[dict]) -> Iterable[str]:
             if name == "grad_norm":
                 _mark_skipped(axes, lines)
             yield _svg(figure)
+
+
+def _group_norms(lines: Sequence[dict]) -> Iterable[str]:
+    for kind, label in (("grad_norm", "gradient norm by group"), ("weight_norm", "norm of the weights by group")):
+        curves = {
+            group: [(x["step"], x[key]) for x in lines if key in x] for group in GROUPS for key in [f"{kind}.{group}"]
+        }
+        if not any(curves.values()):
+            continue
+        figure, axes = _figure(label)
+        for group, points in curves.items():
+            if points:
+                axes.plot(*_thinned(*zip(*points, strict=True)), linewidth=0.9, marker=".", markersize=3, label=group)
+        axes.set_yscale("log")
+        axes.legend(fontsize="x-small")
+        yield _svg(figure)
 
 
 def _health(lines: Sequence[dict]) -> Iterable[str]:

@@ -34,6 +34,7 @@ from titans_pretrain.training.health import HealthHook
 from titans_pretrain.training.hooks import Hook
 from titans_pretrain.training.loggers import build_loggers
 from titans_pretrain.training.mirror import NOT_COPIED_EXIT_CODE, Mirror
+from titans_pretrain.training.norms import NormsHook
 from titans_pretrain.training.optimizer import learning_rate
 from titans_pretrain.training.plot import plot_loss
 from titans_pretrain.training.profiler import Profiler
@@ -110,7 +111,7 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start,
         rows = config.train.eval_batches * config.train.micro_batch  # of all processes: the loss is that of one process
         try:
             validation = build_reader(config, split="validation", epochs=1, rows=rows, **place)
-            validator = Validator(validation, config.train.eval_batches)
+            validator = Validator(validation, config.train.eval_batches, average=config.train.ema > 0)
         except NoDocuments as error:
             without_validation = f"warning: trains without validation: {error}"
     with torch.device("meta"):
@@ -124,8 +125,10 @@ def _train_together(config: Config, stop: StopRequest, mesh: Mesh, start: Start,
     if config.train.checkpoint_store is not None:
         mirror = Mirror(config.train, run_dir, lambda: stop.received is not None)
         trainer.hooks.append(mirror)
-    if config.train.health_every and not config.train.compile:
-        trainer.hooks.append(HealthHook(engine.model, config.train.health_every))
+    if every := config.train.health_every:
+        trainer.hooks.append(NormsHook(every))
+        if not config.train.compile:
+            trainer.hooks.append(HealthHook(engine.model, every))
     if mesh.world > 1 and config.parallel.zero_stage < 2:
         trainer.hooks.append(StragglersHook(engine.stopwatch, config.train.log_every, mesh.hosts))
     if start.weights_only:

@@ -22,6 +22,8 @@ class FitConfig:
     eps: float = setting(1e-8, "of AdamW")
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
     schedule: ClassVar[str] = "cosine"  # as training/optimizer.py reads it
+    optimizer: ClassVar[str] = "adamw"  # likewise
+    ema: ClassVar[float] = 0.0
     decay_steps: ClassVar[int] = 0
     precision: Literal["fp32", "bf16"] = setting("fp32", "bf16: autocast over float32 parameters")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes a GPU if there is one")

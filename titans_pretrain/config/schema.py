@@ -82,10 +82,15 @@ class TrainConfig:
         "cosine", "after the warm-up; wsd: lr until the last decay_steps, which go down to min_lr"
     )
     decay_steps: int = setting(0, "with schedule=wsd: the last steps, in which the learning rate falls")
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", "muon: Muon for the hidden matrices, at AdamW's learning rate and decay, and AdamW for all else"
+    )
     weight_decay: float = setting(0.1, "of matrices that multiply activations, and of nothing else")
     beta1: float = setting(0.9, "of AdamW")
     beta2: float = setting(0.95, "of AdamW")
     eps: float = setting(1e-8, "of AdamW")
+    muon_momentum: float = setting(0.95, "of Muon")
+    ema: float = setting(0.0, "decay of a moving average of the weights, e.g. 0.999, kept beside them; 0: none")
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
     micro_batch: int = setting(8, "rows in one forward pass")
     global_batch: int = setting(8, "rows in one step, a multiple of micro_batch")
@@ -122,7 +127,8 @@ class TrainConfig:
     )
     health_every: int = setting(
         100,
-        "steps between looks at every memory layer (gates, drift, surprise), in metrics.jsonl; 0: none, as with compile",
+        "steps between looks at every memory layer (gates, drift, surprise; not with compile) and at the norms of groups of "
+        "parameters, in metrics.jsonl; 0: none",
     )
     log_every: int = setting(
         10, "steps between printed lines, and on a GPU between looks at the loss; metrics.jsonl has every step"
@@ -166,7 +172,7 @@ class TrainConfig:
             at_least("train." + name, getattr(self, name), 0)
         for name in ("eval_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "health_every"):
             at_least("train." + name, getattr(self, name), 0)
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.min_lr > self.lr:

@@ -37,14 +37,17 @@ AUTO_MAP = {
 }
 
 
-def export_checkpoint(source: str | Path, out_dir: str | Path, dtype: str = "float32") -> Path:
-    """Exports a run folder (its newest checkpoint) or a checkpoint folder; see `export_model`."""
+def export_checkpoint(
+    source: str | Path, out_dir: str | Path, dtype: str = "float32", *, average: bool = False
+) -> Path:
+    """Exports a run folder (its newest checkpoint) or a checkpoint folder; see `export_model`. average: the average of its weights
+    (`train.ema`); ValueError where there is none."""
     checkpoint = find_checkpoint(source)
     check_target(Path(out_dir), dtype)  # before the weights are read
     tokenizer_dir = find_tokenizer(checkpoint)
-    model, config = load_model(checkpoint)
+    model, config = load_model(checkpoint, average)
     trainer = read_trainer(checkpoint)
-    trained = f"{config.run.name}, step {trainer['step']}"
+    trained = f"{config.run.name}, step {trainer['step']}" + (", average of the weights" if average else "")
     return export_model(
         model, config.model, tokenizer_dir, out_dir, dtype, trained=trained, row_length=config.data.seq_len
     )

@@ -10,6 +10,7 @@ from titans_pretrain.models.causal_lm import TitansForCausalLM
 from titans_pretrain.models.initialize import initialize_part
 from titans_pretrain.parallel.engine import ParallelEngine
 from titans_pretrain.parallel.layout import needs_segments, stage_layers
+from titans_pretrain.parallel.matrices import FlatMatrices, TensorMatrices
 from titans_pretrain.parallel.mesh import Mesh
 from titans_pretrain.parallel.pipeline import Pipeline
 from titans_pretrain.parallel.ring import LocalLink, RingLink
@@ -19,6 +20,7 @@ from titans_pretrain.parallel.tensor import shard_outputs, shard_part
 from titans_pretrain.parallel.zero import partition_part, zero_engine
 from titans_pretrain.training.compile import compile_blocks
 from titans_pretrain.training.engine import Engine, SingleEngine
+from titans_pretrain.training.muon import Muon
 from titans_pretrain.training.optimizer import build_optimizer
 
 
@@ -113,5 +115,10 @@ def parallelize(model: TitansForCausalLM, config: Config, mesh: Mesh, seed: int 
         if config.model.tie_embeddings and mesh.pipeline.rank == mesh.pipeline.size - 1 > 0:
             model.embed_tokens.weight.ds_pipe_replicated = True  # the first stage's copy counts in norms
         called = modules[0] if p.zero_stage >= 2 else model
+        matrices = optimizer.param_groups[0]["params"]  # ZeRO puts its own in their place
         zero = zero_engine(config, mesh, called, optimizer, micro_batches if p.zero_stage >= 2 else 1)
+        if isinstance(optimizer, Muon):
+            optimizer.directions = FlatMatrices(matrices, mesh.data_context, mesh.tensor)
+    elif isinstance(optimizer, Muon):
+        optimizer.directions = TensorMatrices(mesh.tensor)
     return ParallelEngine(config, mesh, model, modules, pipeline, optimizer, zero)

@@ -1,7 +1,7 @@
 """Training steps of one rank among many: forward and backward in the layout's way, gradients reduced, one optimizer step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,12 +11,18 @@ from torch import Tensor, nn
 
 from titans_pretrain.config import Config
 from titans_pretrain.models.causal_lm import TitansForCausalLM
-from titans_pretrain.parallel.gradients import all_reduce_in_buckets, clip_by_global_norm, sum_tied_gradients
+from titans_pretrain.parallel.gradients import (
+    all_reduce_in_buckets,
+    clip_by_global_norm,
+    is_counted,
+    sum_tied_gradients,
+)
 from titans_pretrain.parallel.mesh import Mesh
 from titans_pretrain.parallel.pipeline import Pipeline
 from titans_pretrain.parallel.ring import RingLink
 from titans_pretrain.training.engine import compute_dtype, count_targets, on_device
 from titans_pretrain.training.guard import UpdateGuard
+from titans_pretrain.training.norms import sum_squares
 from titans_pretrain.training.optimizer import set_learning_rate
 from titans_pretrain.training.stopwatch import Stopwatch
 from titans_pretrain.training.stragglers import MEETING, PASSES, RING
@@ -24,6 +30,8 @@ from titans_pretrain.training.stragglers import MEETING, PASSES, RING
 
 class ParallelEngine:
     """See training.engine.Engine. Made by apply.py."""
+
+    before_step: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -123,6 +131,8 @@ class ParallelEngine:
 
     def step(self, rate: float, loss: Tensor) -> Tensor:
         """Clips and updates, after reduce_gradients. Returns the norm before clipping."""
+        if self.before_step is not None:
+            self.before_step()
         set_learning_rate(self._torch_optimizer, rate)
         if self.zero is not None:
             self._unwatched = loss
@@ -138,6 +148,24 @@ class ParallelEngine:
             self._torch_optimizer.step()
         self._torch_optimizer.zero_grad()
         return norm
+
+    def group_squares(self) -> Tensor:
+        tied = self.config.model.tie_embeddings
+        own = (found for found in self._whole_tensors() if is_counted(found[0], found[-1], self.mesh, tied))
+        squares = sum_squares((found[:3] for found in own), self.mesh.device)
+        if self.mesh.model.size > 1:
+            dist.all_reduce(squares, group=self.mesh.model.group)
+        return squares
+
+    def _whole_tensors(self) -> Iterator[tuple[str, Tensor | None, Tensor, Tensor]]:
+        """(name, gradient, weight, parameter), as they are before ZeRO cuts them. Collective over its ranks."""
+        if self.zero is not None:
+            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+        for name, p in self.model.named_parameters():
+            if self.zero is None or not p.requires_grad:
+                yield name, p.grad, p, p
+            else:
+                yield name, safe_get_full_grad(p), safe_get_full_fp32_param(p), p
 
     def _watch_zero(self, *_) -> None:
         """Before ZeRO's updates, which come one for each group of parameters: by then it has the norm."""

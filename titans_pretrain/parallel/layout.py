@@ -99,6 +99,16 @@ def _check_zero(config: Config) -> None:
             "train.recompute=segment): it gathers parameters inside the layer loop, where the ranks of a ring are at "
             "different layers; use parallel.zero_stage=2"
         )
+    if p.zero_stage == 3 and config.train.ema:
+        raise ValueError(
+            f"train.ema={config.train.ema} keeps an average of what a process holds, with parallel.zero_stage=3 never whole: use "
+            "parallel.zero_stage=1 or 2, or train.ema=0"
+        )
+    if p.zero_stage == 3 and config.train.optimizer == "muon":
+        raise ValueError(
+            "train.optimizer=muon needs whole matrices, and parallel.zero_stage=3 never has them together in an update: use "
+            "parallel.zero_stage=1 or 2, or train.optimizer=adamw"
+        )
 
 
 def check_tensor_parallel(c: ModelConfig, tp: int, sequence_parallel: bool, memory_split: str) -> None:

@@ -1,7 +1,7 @@
 """What turns batches into updated weights. The trainer sees this interface; titans_pretrain/parallel/ has the other one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from titans_pretrain.config import Config
 from titans_pretrain.models.inputs import check_values
 from titans_pretrain.training.guard import UpdateGuard
+from titans_pretrain.training.norms import sum_squares
 from titans_pretrain.training.optimizer import build_optimizer, set_learning_rate
 
 
@@ -23,6 +24,7 @@ class Engine(Protocol):
     data_group: object | None  # the processes that hold the same parameters as this one
     guard: UpdateGuard  # over `update`
     is_main: bool  # whether this process prints and writes logs
+    before_step: Callable[[], None] | None  # called in each `update`, with the gradients as they are before clipping
 
     def count(self, batches: Sequence) -> int:
         """Targets of these batches, over all processes."""
@@ -33,6 +35,9 @@ class Engine(Protocol):
     def update(self, rate: float, loss: Tensor) -> Tensor:
         """One optimizer step with clipping, at this learning rate. Returns the gradients' norm before clipping, likewise. Where the
         guard finds harm in it or the loss, the weights stay as they are: nobody has to look before the next step."""
+
+    def group_squares(self) -> Tensor:
+        """What before_step may ask: sums of squares of the whole model's gradients and weights, see norms.sum_squares."""
 
     def evaluate(self, batches: Sequence) -> float:
         """Sum of the losses of these batches' targets, over all processes, without gradients."""
@@ -45,6 +50,7 @@ class SingleEngine:
     """One model on one device."""
 
     is_main, tensor_group, data_group = True, None, None
+    before_step: Callable[[], None] | None = None
 
     def __init__(self, config: Config, model: nn.Module, device: torch.device):
         self.config, self.model, self.device = config, model, device
@@ -65,6 +71,8 @@ class SingleEngine:
         return total
 
     def update(self, rate: float, loss: Tensor) -> Tensor:
+        if self.before_step is not None:
+            self.before_step()
         largest = self.config.train.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         self.guard.watch(loss, norm)
@@ -72,6 +80,9 @@ class SingleEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+    def group_squares(self) -> Tensor:
+        return sum_squares(((n, p.grad, p) for n, p in self.model.named_parameters()), self.device)
 
     def evaluate(self, batches: Sequence) -> float:
         with torch.no_grad(), compute_dtype(self.device, self.config.train.precision):

@@ -1,4 +1,4 @@
-"""AdamW with the usual exceptions from weight decay, and the learning rate as a pure function of the step."""
+"""The optimizer, with the usual exceptions from weight decay, and the learning rate as a pure function of the step."""
 
 import math
 
@@ -6,18 +6,41 @@ import torch
 from torch import nn
 
 from titans_pretrain.config import TrainConfig
+from titans_pretrain.training.ema import average_weights
+from titans_pretrain.training.muon import Muon
 
 
-def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (fused kernels) over the trained parameters in two groups, with and without decay."""
-    decayed, kept = [], []
+def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (fused kernels) over the trained parameters in two groups, with and without decay; with `train.optimizer` "muon" the
+    matrices of `is_muons` go to Muon, as the first group."""
+    matrices, decayed, kept = [], [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if not parameter.requires_grad:
+            continue
+        if train.optimizer == "muon" and is_muons(name, parameter):
+            matrices.append(parameter)
+        else:
             (decayed if is_decayed(name, parameter) else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, fused=True
-    )
+    groups = [g for g in groups if g["params"]]
+    adamw = {"lr": train.lr, "betas": (train.beta1, train.beta2), "eps": train.eps, "fused": True}
+    if matrices:
+        muon = {"weight_decay": train.weight_decay, "momentum": train.muon_momentum}
+        optimizer = Muon(matrices, groups, **muon, **adamw)
+    else:
+        optimizer = torch.optim.AdamW(groups, **adamw)
+    if train.ema:
+        average_weights(optimizer, train.ema)
+    return optimizer
+
+
+def is_muons(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon has a parameter, where it is asked for: a decayed matrix from features to features.
+
+    Not the head, whose rows are the tokens'; nor the convolutions and the gates of the memory, which are a few numbers for each
+    feature or head: what is orthogonal there means nothing. Nor the memory's initial weights, which nothing decays."""
+    others = ("lm_head.", "_conv", "forget_proj.", "momentum_proj.", "lr_proj.")
+    return len(parameter.shape) == 2 and is_decayed(name, parameter) and not any(part in name for part in others)
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:

@@ -135,4 +135,10 @@ def _changes(start: Start, config: Config) -> tuple[str, ...]:
         told = ", ".join(f"{key} is {old} there and {new} here" for key, (old, new) in model.items())
         advice = "a second stage trains the same model" if start.weights_only else "choose another run.dir"
         raise ValueError(f"{start.checkpoint} was written by another model: {told}; {advice}")
+    if "train.optimizer" in changed and not start.weights_only:
+        old, new = changed["train.optimizer"]
+        raise ValueError(
+            f"{start.checkpoint} has the moments of train.optimizer={old}, not of {new}: keep {old}, or give a new run.dir and "
+            f"train.init_from={start.checkpoint} (the weights alone)"
+        )
     return tuple(f"{k}: {old} -> {new}" for k, (old, new) in changed.items() if not k.startswith(_NOT_TOLD))

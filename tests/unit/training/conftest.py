@@ -72,7 +72,7 @@ def make_trainer():
         config = Config(data=DataConfig(seq_len=SEQ_LEN), train=TrainConfig(**(defaults | train)))
         torch.manual_seed(0)
         device = torch.device("cpu")
-        validator = Validator(StubReader(2), config.train.eval_batches) if validate else None
+        validator = Validator(StubReader(2), config.train.eval_batches, config.train.ema > 0) if validate else None
         engine = SingleEngine(config, StubModel(), device)
         return Trainer(config, engine, StubReader(config.train.micro_batch), validator, device)
 
