@@ -23,10 +23,10 @@ from parity import (
 from torch import nn
 
 from titans_pretrain.checkpoint import checkpoint_name, read_tensors
+from titans_pretrain.optim import muon
 from titans_pretrain.parallel.layout import check_layout
 from titans_pretrain.parallel.matrices import FlatMatrices, TensorMatrices
 from titans_pretrain.parallel.mesh import Axis
-from titans_pretrain.training import muon
 from titans_pretrain.training.norms import group_of, read_norms
 from titans_pretrain.training.validation import averaged_weights
 

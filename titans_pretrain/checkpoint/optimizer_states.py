@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from titans_pretrain.checkpoint.spread import read_shared
-from titans_pretrain.training.ema import AVERAGE, is_averaging
-from titans_pretrain.training.muon import MOMENTUM, Muon
-from titans_pretrain.training.optimizer import is_muons
+from titans_pretrain.optim.ema import AVERAGE, is_averaging
+from titans_pretrain.optim.muon import MOMENTUM, Muon
+from titans_pretrain.optim.optimizer import is_muons
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 Read = Callable[[str, dict[str, Tensor]], None]  # (kind, name -> tensor to be filled)

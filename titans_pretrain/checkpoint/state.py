@@ -50,7 +50,7 @@ from titans_pretrain.checkpoint.together import (
     world,
 )
 from titans_pretrain.config import Config, load_run_config, save_config
-from titans_pretrain.training.ema import AVERAGE
+from titans_pretrain.optim.ema import AVERAGE
 
 FORMAT_VERSION = 3  # 2: a pickle in the place of weights/metadata.json, and no checksums
 OLDEST_VERSION = 2

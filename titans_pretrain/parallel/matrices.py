@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from titans_pretrain.optim import muon
+from titans_pretrain.optim.muon import Direction, orthogonalized, scale_of
 from titans_pretrain.parallel.mesh import Axis
-from titans_pretrain.training import muon
-from titans_pretrain.training.muon import Direction, orthogonalized, scale_of
 
 
 class TensorMatrices:

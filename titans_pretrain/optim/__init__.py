@@ -1,0 +1,1 @@
+"""Optimizers, what decays, the learning rate, and the average of the weights."""
