@@ -165,7 +165,9 @@ class ParallelEngine:
             if self.zero is None or not p.requires_grad:
                 yield name, p.grad, p, p
             else:
-                yield name, safe_get_full_grad(p), safe_get_full_fp32_param(p), p
+                weight = safe_get_full_fp32_param(p)
+                assert weight is not None, f"{name} is no parameter of ZeRO's"
+                yield name, safe_get_full_grad(p), weight, p
 
     def _watch_zero(self, *_) -> None:
         """Before ZeRO's updates, which come one for each group of parameters: by then it has the norm."""
