@@ -36,7 +36,8 @@ def explained(config: Config, processes: int) -> Iterator[None]:
     except Exception as error:
         if (told := allocators_words(error)) is None:
             raise
-        traceback.clear_frames(error.__traceback__)  # the model and all else that they hold
+        for each in _chain(error):
+            traceback.clear_frames(each.__traceback__)  # the model and all else that they hold
         gc.collect()
         with _one_of_all() as first:
             if first:
@@ -46,14 +47,20 @@ def explained(config: Config, processes: int) -> Iterator[None]:
         ) from error
 
 
-def allocators_words(error: BaseException | None) -> str | None:
+def allocators_words(error: BaseException) -> str | None:
     """What torch or Python said of memory that was not there, the first sentence; None for any other error."""
-    while error is not None:
-        text = " ".join(str(error).split())
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(mark in text for mark in _MARKS):
-            return text[max(0, text.find("DefaultCPUAllocator:")) :].partition(". ")[0] or type(error).__name__
-        error = error.__cause__ or error.__context__
+    for each in _chain(error):
+        text = " ".join(str(each).split())
+        if isinstance(each, (torch.OutOfMemoryError, MemoryError)) or any(mark in text for mark in _MARKS):
+            return text[max(0, text.find("DefaultCPUAllocator:")) :].partition(". ")[0] or type(each).__name__
     return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _advice(config: Config, processes: int) -> str:

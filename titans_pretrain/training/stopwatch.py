@@ -10,16 +10,18 @@ import torch
 
 class Stopwatch:
     """Spans of the host's clock on a CPU; on a GPU, of the device's current stream: the time between two events in it, which are only
-    noted down. So what a host does meanwhile counts as far as the device has to wait for it."""
+    noted down. So what a host does meanwhile counts as far as the device has to wait for it.
+
+    on: whether anything is noted; for whoever calls `turn` now and then."""
 
     def __init__(self, device: torch.device):
-        self._device, self._running = device, True
+        self._device, self.on = device, False
         self._spans: list[tuple[str, object, object]] = []
         self._before: list[tuple[str, object, object]] = []
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        if not self._running:
+        if not self.on:
             yield
             return
         start = self._mark()
@@ -29,11 +31,11 @@ class Stopwatch:
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Inside, nothing is noted."""
-        self._running = False
+        before, self.on = self.on, False
         try:
             yield
         finally:
-            self._running = True
+            self.on = before
 
     def turn(self) -> dict[str, float]:
         """Seconds by name, of the spans between the turn before the last and the last one. By now a device must be through with them."""

@@ -32,6 +32,7 @@ class StragglersHook(Hook):
 
     def __init__(self, stopwatch: Stopwatch, every: int, hosts=None):
         self._stopwatch, self._every, self._hosts = stopwatch, every, hosts
+        stopwatch.on = True
         self._data, self._data_before = 0.0, 0.0
         self._last, self._times = -1, 0  # the rank that was far behind, and for how many windows
 

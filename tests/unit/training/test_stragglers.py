@@ -21,6 +21,9 @@ def clock(monkeypatch):
 
 def test_spans_of_the_turn_before(clock):
     watch = Stopwatch(torch.device("cpu"))
+    with watch("passes"):  # nobody asked yet
+        clock.seconds += 50
+    watch.on = True
     for seconds in (1.0, 2.0):
         with watch("passes"):
             clock.seconds += seconds
