@@ -3,6 +3,8 @@
 Newton and Schulz's iteration runs in bfloat16, where a last bit of a momentum may be a whole step of an update. So it is compared to
 the bit where the momentum is the same, and in the parameters' own dtype over whole trainings."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,7 +29,7 @@ from titans_pretrain.optim import muon
 from titans_pretrain.parallel.layout import check_layout
 from titans_pretrain.parallel.matrices import FlatMatrices, TensorMatrices
 from titans_pretrain.parallel.mesh import Axis
-from titans_pretrain.training.norms import group_of, read_norms
+from titans_pretrain.training.norms import GROUPS, group_of, read_norms
 from titans_pretrain.training.validation import averaged_weights
 
 LAYOUTS = {
@@ -173,16 +175,20 @@ def looked_at(settings: dict) -> dict:
             batches = micro_batches(config, step, *place)
             loss = engine.forward_backward(batches, engine.count(batches))
             engine.before_step = lambda: norms.update(read_norms(engine.group_squares()))
-            before = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
+            weights = ("weight_norm", {n: p.detach().clone() for n, p in engine.model.named_parameters()})
+            gradients = (
+                "grad_norm",
+                {n: p.grad.clone() for n, p in engine.model.named_parameters()} if mesh is None else {},
+            )
             whole = float(engine.update(config.train.lr, loss))
         plain = engine.evaluate(batches)
         with averaged_weights(engine):
             average = engine.evaluate(batches)
         assert engine.evaluate(batches) == plain
         if mesh is None:
-            for group in {group_of(n) for n in before}:
-                naive = torch.cat([p.flatten() for n, p in before.items() if group_of(n) == group]).norm()
-                assert norms[f"weight_norm.{group}"] == pytest.approx(float(naive), rel=1e-5)
+            for (kind, named), group in itertools.product((weights, gradients), GROUPS):
+                naive = torch.cat([t.flatten() for n, t in named.items() if group_of(n) == group]).norm()
+                assert norms[f"{kind}.{group}"] == pytest.approx(float(naive), rel=1e-5)
         return norms | {"whole": whole, "average": average, "plain": plain}
 
 

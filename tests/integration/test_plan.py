@@ -19,6 +19,7 @@ from titans_pretrain.models import build_model
 from titans_pretrain.models.costs import attention_flops, retrieved_flops
 from titans_pretrain.parallel.layout import check_layout
 from titans_pretrain.parallel.zero_settings import zero_settings
+from titans_pretrain.training.optimizer import build_optimizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "tiny.yaml"
@@ -207,9 +208,9 @@ def test_tensor_parallelism_without_its_packages_is_one_line(capsys, monkeypatch
 def test_bytes_of_parameters_under_zero():
     """Against the arithmetic of ZeRO (Rajbhandari et al. 2020) with Adam: 2 + 2 + 12 bytes in bf16, 4 + 4 + 8 without ZeRO."""
 
-    def held(stage, precision, *more):
+    def held(stage, precision, *more, matrices=0):
         options = [f"parallel.zero_stage={stage}", f"train.precision={precision}", "train.global_batch=8", *more]
-        return list(state_bytes(load_config(TINY, options), 1000, 4).values())
+        return list(state_bytes(load_config(TINY, options), 1000, 4, matrices).values())
 
     assert held(0, "fp32") == held(0, "bf16") == [4000, 4000, 8000]
     assert held(1, "bf16") == [2000, 4000, 3000]  # gradients are summed in float32
@@ -217,6 +218,21 @@ def test_bytes_of_parameters_under_zero():
     assert held(3, "bf16") == [500, 500, 3000]
     assert held(3, "fp32") == [1000, 1000, 3000]
     assert held(2, "bf16", "parallel.cp=2") == [2000, 2000 + 250, 1500]  # the walk's sums, and this rank's part
+    assert held(0, "fp32", matrices=600) == [4000, 4000, 8000 - 2400]
+    assert held(0, "fp32", "train.ema=0.9") == [4000, 4000, 12000]
+    assert held(1, "bf16", "train.ema=0.9", matrices=600) == [2000, 4000, (16000 - 2400) / 4]
+
+
+def test_the_optimizers_state_is_that_of_a_step():
+    options = ["train.optimizer=muon", "train.ema=0.9", "model.variant=mac"]
+    config = load_config(TINY, options)
+    model = build_model(config.model)
+    optimizer = build_optimizer(model, config.train)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    held = sum(t.nbytes for state in optimizer.state.values() for name, t in state.items() if name != "step")
+    assert build_layout(config).memory(0)["optimizer"] == held
 
 
 def test_less_is_kept_for_the_backward_pass_with_recomputation_and_more_in_a_pipeline():

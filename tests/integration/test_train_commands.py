@@ -21,6 +21,7 @@ from titans_pretrain.commands.generate import Sampling, Writer, generate_tokens,
 from titans_pretrain.data import build_reader, unigram_entropy
 from titans_pretrain.training.health import NAMES
 from titans_pretrain.training.loggers import read_metrics
+from titans_pretrain.training.norms import GROUPS, KINDS
 
 TINY = Path(__file__).parents[2] / "configs/tiny.yaml"
 
@@ -106,6 +107,7 @@ def test_report_writes_a_page_that_needs_nothing_else(run, capsys, tmp_path):
     for line in lines:
         if "loss" in line and line["step"] % 4 == 0:
             line |= {f"memory.{i}.{name}": i + line["step"] / 100 for i in range(11) for name in NAMES}
+            line |= {f"{kind}.{group}": line["step"] / 10 for kind in KINDS for group in GROUPS if group != "attention"}
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (copy / "events.jsonl").write_bytes((run / "events.jsonl").read_bytes() + b'{"time": 1, "ev')  # cut off
     assert cli.main(["report", str(copy)]) == 0
@@ -121,7 +123,8 @@ def test_report_writes_a_page_that_needs_nothing_else(run, capsys, tmp_path):
 
     found: list[str] = []
     Tags().feed(page)
-    assert "script" not in found and found.count("svg") == 1 + 7 + len(NAMES)
+    assert "script" not in found and found.count("svg") == 1 + 7 + len(KINDS) + len(NAMES)
+    assert "feed_forward" in page and ">attention<" not in page
     assert "&lt;run&gt; &amp; more" in page and "<run>" not in page
     assert "started, " in page and "finished, " in page and "layer 10" in page and "layer 5" not in page
     assert all(label in page for label in NAMES.values())

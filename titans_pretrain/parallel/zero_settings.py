@@ -10,7 +10,7 @@ _OURS = {
     "train_micro_batch_size_per_gpu": "train.micro_batch",
     "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
     "gradient_clipping": "train.grad_clip",
-    "optimizer": "train.lr, train.beta1, train.beta2, train.weight_decay",
+    "optimizer": "train.optimizer, train.lr, train.beta1, train.beta2, train.weight_decay",
     "scheduler": "train.lr, train.min_lr, train.warmup_steps",
     "bf16.enabled": "train.precision",
     "fp16": "train.precision (fp32 or bf16)",

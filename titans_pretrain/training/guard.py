@@ -21,7 +21,7 @@ class UpdateGuard:
     The flag is a tensor of the device, where torch's fused optimizers read it (the one that torch.amp.GradScaler gives them): weights,
     moments and the optimizer's count of steps stay as they were.
 
-    optimizer: a fused one of torch, none of whose parameters is on another device."""
+    optimizer: a fused one of torch or Muon, none of whose parameters is on another device."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, train: TrainConfig):
         self.train = train
