@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common, memory_scan_cpu, train_step_cpu
+from benchmarks import common, memory_scan_cpu, synthetic, train_step_cpu
 from titans_pretrain.config import ModelConfig
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +58,41 @@ def test_what_generation_holds_is_measured():
     points = [common.run_point("benchmarks.generation", {"variant": "mag", "tokens": n}) for n in (256, 2048)]
     assert points[0]["state"] == points[1]["state"] > 0
     assert all(p["read"] > 0 and p["written"] > 0 and p["peak"] >= p["before"] for p in points)
+
+
+def test_small_models_are_trained_once_and_shown(tmp_path, monkeypatch, capsys):
+    """Points that have a line are not trained again; the pages leave empty what was not measured."""
+    command = ["synthetic", "--samples", "2", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    tiny = ["train.steps=2", "train.micro_batch=2", "train.global_batch=2", "model.dim=16", "model.ffn_dim=16"]
+
+    def run(*arguments: str) -> list[dict]:
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        synthetic.main()
+        return [json.loads(line) for line in (tmp_path / "out/synthetic.jsonl").read_text().splitlines()]
+
+    first = run("--problems", "needle", "s5", "--variants", "lmm", "--seeds", "1", *tiny)
+    assert [(p["problem"], p["variant"], p["seed"], p["steps"]) for p in first] == [
+        ("needle", "lmm", 1, 2),
+        ("s5", "lmm", 1, 2),
+    ]
+    assert list(first[0]["accuracy"]) == [f"{n} windows, {8 * n} tokens" for n in synthetic.WINDOWS]
+    assert list(first[1]["accuracy"]) == [f"{16 * n} tokens" for n in synthetic.LENGTHS]
+    (tmp_path / "runs/needle-lmm-1/config.yaml").unlink()  # nobody looks there again
+    both = run("--problems", "needle", "--variants", "lmm", "transformer", "--seeds", "1", *tiny)
+    assert both[:2] == first and [p["variant"] for p in both[2:]] == ["transformer"]
+    first[0]["seed"] = 0
+    with (tmp_path / "out/synthetic.jsonl").open("a") as f:
+        f.write(json.dumps(first[0]) + "\n")
+    assert len(run("--report")) == 4
+    rows = [line for line in (tmp_path / "out/retrieval.md").read_text().splitlines() if "| 8 windows" in line]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    accuracy = [f"{100 * p['accuracy']['8 windows, 64 tokens']:.1f}" for p in both]
+    assert cells == [
+        ["lmm", "8 windows, 64 tokens", accuracy[0], accuracy[0], accuracy[0]],
+        ["transformer", "8 windows, 64 tokens", "", accuracy[2], accuracy[2]],
+    ]
+    assert (tmp_path / "out/state-tracking.md").exists() and (tmp_path / "out/retrieval.png").stat().st_size > 1000
+    assert "needle, lmm, distance 8 windows, 64 tokens" in capsys.readouterr().out
 
 
 def touch(mebibytes: int) -> None:

@@ -91,6 +91,23 @@ def test_causal(name, packed):
         assert not torch.equal(before[:, i:], after[:, i:])
 
 
+@pytest.mark.parametrize("queries", [0, 3])
+def test_far_segments_of_mac_meet_in_the_memory_alone(queries):
+    """One layer: the first token changes what comes two segments later, unless nothing is written to the memory."""
+    torch.manual_seed(0)
+    model, x = build_model(config("mac", layers=1, mac=dict(memory_tokens=queries))).double(), sample(3 * SEGMENT)
+    y = x.clone()
+    y[:, 0] = (y[:, 0] + 1) % VOCAB
+
+    def change() -> float:
+        return float((model(x).logits - model(y).logits)[:, 2 * SEGMENT :].detach().abs().min(-1).values.max())
+
+    assert change() > 1e-6
+    with torch.no_grad():
+        model.layers[0].memory.lr_proj.bias.fill_(-1e4)
+    assert change() < 1e-12
+
+
 @cases
 def test_samples_are_independent(name):
     model, x = build(name), sample(21)

@@ -2,6 +2,8 @@
 
     mqar     multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): pairs of a key and a value, then every key once
              more, after gaps drawn from a power law; the answer is its value. Between the queries stand values of no key.
+    needle   the single needle of RULER (Hsieh et al. 2024, arXiv 2404.06654) in the same alphabet: a key and its value somewhere in
+             a haystack of values, the key again at the end
     parity   bits; the answer at each is the parity of all so far
     s5       permutations of five things (Merrill et al. 2024, arXiv 2404.08819); the answer at each is the product of all so far
 
@@ -29,32 +31,45 @@ GAP_POWER = 0.01  # of the gaps before queries: p(n) ~ n ** (GAP_POWER - 1), as 
 
 @dataclass(frozen=True)
 class Options:
-    problem: Literal["mqar", "parity", "s5"] = setting("mqar", "mqar, parity or s5")
+    problem: Literal["mqar", "needle", "parity", "s5"] = setting("mqar", "mqar, needle, parity or s5")
     lengths: list = setting(lambda: [64, 128, 256, 512], "tokens of a sequence")
     samples: int = setting(256, "sequences of each length")
-    vocab: int = setting(8192, "of mqar: keys and values, half each")
-    pairs: int | None = setting(None, "of mqar; null: a sixteenth of the length")
+    vocab: int = setting(8192, "of mqar and needle: keys and values, half each")
+    pairs: int | None = setting(None, "of mqar and needle; null: a sixteenth of the length, and one needle")
+    repeats: int = setting(1, "of mqar and needle: how often each key is asked for")
+    gap: int = setting(0, "of mqar and needle: tokens between a pair and a question, at least")
     seed: int = setting(0, "of the sequences; those of a training are others")
 
     def __post_init__(self):
         check_options(self, "synthetic")
         at_least("synthetic.samples", self.samples, 1)
         at_least("synthetic.vocab", self.vocab, 4)
+        at_least("synthetic.repeats", self.repeats, 1)
+        at_least("synthetic.gap", self.gap, 0)
         for length in parse_lengths("synthetic.lengths", self.lengths):
             at_least("synthetic.lengths", length, 1)
-            if self.problem == "mqar" and not 1 <= self.pairs_of(length) <= min(length // 4, self.vocab // 2):
-                raise ValueError(
-                    f"synthetic.lengths has {length}, and mqar needs four tokens for each of synthetic.pairs="
-                    f"{self.pairs_of(length)} (1 at least), and synthetic.vocab={self.vocab} twice as many ids"
-                )
+            if self.problem in ("mqar", "needle"):
+                each, most = 2 + 2 * self.repeats, self.vocab // 2
+                if not 1 <= self.pairs_of(length) <= min((length - self.gap) // each, most):
+                    raise ValueError(
+                        f"synthetic.lengths has {length}, and {self.problem} needs synthetic.gap={self.gap} tokens and {each} for each "
+                        f"of synthetic.pairs={self.pairs_of(length)} (1 at least), and synthetic.vocab={self.vocab} twice as many ids"
+                    )
 
     def pairs_of(self, length: int) -> int:
-        return length // 16 if self.pairs is None else self.pairs
+        if self.pairs is not None:
+            return self.pairs
+        return 1 if self.problem == "needle" else length // 16
 
     @property
     def ids(self) -> int:
         """How many token ids there are."""
-        return {"mqar": self.vocab, "parity": 2, "s5": 120}[self.problem]
+        return {"parity": 2, "s5": 120}.get(self.problem, self.vocab)
+
+    @property
+    def chance(self) -> float:
+        """Share of right answers of a guess."""
+        return {"parity": 1 / 2, "s5": 1 / 120}.get(self.problem, 2 / self.vocab)
 
 
 class Synthetic:
@@ -81,11 +96,12 @@ class Synthetic:
             for a, r in zip(asked, right, strict=True)
         ]
 
-    def report(self, results: Mapping[str, dict], folder: Path) -> tuple[dict, str]:
+    def figures(self, results: Mapping[str, dict]) -> dict[str, dict[str, float]]:
+        """Shares by length of the answers that are right, of the last ones, and of sequences with no wrong one."""
         by_length: dict[str, list[dict]] = {}
         for key, result in results.items():
             by_length.setdefault(key.split("/")[0], []).append(result)
-        figures = {
+        return {
             length: {
                 "accuracy": sum(r["right"] for r in found) / sum(r["asked"] for r in found),
                 "last": sum(r["last"] for r in found) / len(found),
@@ -93,11 +109,14 @@ class Synthetic:
             }
             for length, found in by_length.items()
         }
+
+    def report(self, results: Mapping[str, dict], folder: Path) -> tuple[dict, str]:
+        figures = self.figures(results)
         rows = [
             [length, *(f"{100 * figures[length][m]:.1f}" for m in ("accuracy", "last", "whole"))] for length in figures
         ]
         header = ["tokens", "answers right, %", "the last one, %", "all of a sequence, %"]
-        chance = {"mqar": 2 / self._options.vocab, "parity": 1 / 2, "s5": 1 / 120}[self._options.problem]
+        chance = self._options.chance
         note = f"{self._options.samples} sequences of each length; by chance {100 * chance:.2g} % are right.\n\n"
         save_picture(folder / "synthetic.png", lambda figure: _draw(figure, self._options.problem, figures, chance))
         return figures, f"## {self._options.problem}\n\n{note}{markdown_table(header, rows)}"
@@ -106,7 +125,7 @@ class Synthetic:
 def make_row(options: Options, length: int, number: int, training: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and labels [length], int64, of the number-th sequence of this length. Those of a training come from another stream."""
     draw = np.random.default_rng([options.seed, int(training), length, number])
-    return {"mqar": _mqar, "parity": _parity, "s5": _s5}[options.problem](options, length, draw)
+    return {"mqar": _mqar, "needle": _needle, "parity": _parity, "s5": _s5}[options.problem](options, length, draw)
 
 
 def check_vocabulary(options: Options, vocab_size: int) -> None:
@@ -121,10 +140,23 @@ def _mqar(options: Options, length: int, draw: np.random.Generator) -> tuple[np.
     keys, values = draw.choice(half, pairs, replace=False), draw.integers(half, options.vocab, pairs)
     tokens, labels = draw.integers(half, options.vocab, length), np.full(length, NO_LABEL)
     tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2] = keys, values
-    slots = (length - 2 * pairs) // 2
+    start, asked = 2 * pairs + options.gap, pairs * options.repeats
+    slots = (length - start) // 2
     weights = np.arange(1, slots + 1) ** (GAP_POWER - 1)
-    at = 2 * pairs + 2 * draw.choice(slots, pairs, replace=False, p=weights / weights.sum())
-    tokens[at], labels[at] = keys, values
+    at = start + 2 * draw.choice(slots, asked, replace=False, p=weights / weights.sum())
+    tokens[at], labels[at] = np.tile(keys, options.repeats), np.tile(values, options.repeats)
+    return tokens, labels
+
+
+def _needle(options: Options, length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    half, pairs = options.vocab // 2, options.pairs_of(length)
+    keys, values = draw.choice(half, pairs, replace=False), draw.integers(half, options.vocab, pairs)
+    tokens, labels = draw.integers(half, options.vocab, length), np.full(length, NO_LABEL)
+    end = length - 2 * pairs * options.repeats  # there the questions begin
+    at = 2 * draw.choice((end - options.gap) // 2, pairs, replace=False)
+    tokens[at], tokens[at + 1] = keys, values
+    asked = draw.permutation(np.tile(np.arange(pairs), options.repeats))
+    tokens[end::2], labels[end::2] = keys[asked], values[asked]
     return tokens, labels
 
 

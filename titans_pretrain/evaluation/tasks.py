@@ -13,7 +13,10 @@ from titans_pretrain.config.load import parse_overrides
 TASKS = {
     "perplexity": ("perplexity.Perplexity", "loss by position, with the state carried and with it reset"),
     "niah": ("niah.Niah", "a number or uuid found again in a haystack of 2K to 2M tokens (RULER's S-NIAH)"),
-    "synthetic": ("synthetic.Synthetic", "recall (mqar) and state tracking (parity, s5), of a model trained on them"),
+    "synthetic": (
+        "synthetic.Synthetic",
+        "recall (mqar, needle) and state tracking (parity, s5), of models trained on them",
+    ),
     "babilong": (
         "babilong.Babilong",
         "facts of a story scattered in other text, 0K to 10M tokens (BABILong qa1 to qa5)",

@@ -1,24 +1,27 @@
 """Trains a model on the sequences of the task `synthetic`, by the ordinary trainer on one process, for `eval --tasks synthetic`.
 
+  python -m titans_pretrain.evaluation.train_synthetic synthetic/mqar model.variant=mag
+  titans-pretrain eval runs/mqar --tasks synthetic synthetic.vocab=64 synthetic.pairs=8 synthetic.gap=512 'synthetic.lengths=[576]'
   python -m titans_pretrain.evaluation.train_synthetic tiny model.vocab_size=120 train.steps=2000 run.dir=runs/s5 synthetic.problem=s5
-  titans-pretrain eval runs/s5 --tasks synthetic synthetic.problem=s5 'synthetic.lengths=[64,128,256]'
 
-The config is one of `titans-pretrain train`; of its data.* nothing is used. The lengths of synthetic.lengths take turns, a micro-batch
+The config is one of `titans-pretrain train`, with a group `synthetic`; of its data.* nothing is used. The lengths of synthetic.lengths take turns, a micro-batch
 each. The same command again goes on where it stopped.
 """
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from titans_pretrain.checkpoint import clear_leftovers
-from titans_pretrain.config import load_config, save_config
+from titans_pretrain.config import Config, save_config
+from titans_pretrain.config.load import load_as
 from titans_pretrain.data import Batch
 from titans_pretrain.evaluation.synthetic import Options, check_vocabulary, make_row
-from titans_pretrain.evaluation.tasks import build_options, parse_lengths, split_overrides
+from titans_pretrain.evaluation.tasks import parse_lengths
 from titans_pretrain.models import build_model
 from titans_pretrain.parallel.launch import launched_world
 from titans_pretrain.training.engine import SingleEngine, pick_device
@@ -28,6 +31,11 @@ from titans_pretrain.training.run_lock import RunLock
 from titans_pretrain.training.signals import INTERRUPTED_EXIT_CODE, StopRequest
 from titans_pretrain.training.start import find_start
 from titans_pretrain.training.trainer import Trainer
+
+
+@dataclass
+class SyntheticConfig(Config):
+    synthetic: Options = field(default_factory=Options)
 
 
 class SyntheticReader:
@@ -59,9 +67,10 @@ class SyntheticReader:
 
 
 def train_synthetic(path: str, overrides: Sequence[str]) -> int:
-    """path: a config of `titans-pretrain train`; overrides: its settings and those of `synthetic`. Returns the exit code."""
-    of_run, of_tasks = split_overrides(overrides)
-    config, options = load_config(path, of_run), build_options("synthetic", of_tasks.get("synthetic", {}))
+    """path: a config of `titans-pretrain train` with a group `synthetic`; overrides: settings of both. Returns the exit code."""
+    given = load_as(SyntheticConfig, path, overrides)
+    options = given.synthetic
+    config = Config(**{f.name: getattr(given, f.name) for f in fields(Config)})  # what everything else reads
     check_vocabulary(options, config.model.vocab_size)
     if config.data.seq_len_warmup:
         raise ValueError("data.seq_len_warmup cuts rows of a corpus; the lengths of these are synthetic.train_lengths")

@@ -25,6 +25,33 @@ def test_mqar_asks_for_each_key_once():
     assert gaps.count(0) > 2 * gaps.count(9) > 0
 
 
+@pytest.mark.parametrize("problem", ["mqar", "needle"])
+@pytest.mark.parametrize(("pairs", "repeats", "gap"), [(1, 1, 0), (3, 2, 0), (2, 1, 17), (4, 3, 24)])
+def test_questions_are_answered_by_reading_on(problem, pairs, repeats, gap):
+    """A reader that notes the token after each new key knows every answer, and has read it `gap` tokens before at least."""
+    options = Options(problem, vocab=64, lengths=[56], pairs=pairs, repeats=repeats, gap=gap)
+    nearest, places = 56, set()
+    for i in range(300):
+        tokens, labels = make_row(options, 56, i)
+        known, asked = {}, []
+        for at, (token, label) in enumerate(zip(tokens.tolist(), labels.tolist(), strict=True)):
+            if label != NO_LABEL:
+                value_at, value = known[token]
+                assert label == value
+                nearest = min(nearest, at - value_at - 1)
+                asked.append(token)
+            elif token < 32:
+                known[token] = (at + 1, int(tokens[at + 1]))
+                places.add(at)
+        assert len(known) == pairs and sorted(asked) == sorted([*known] * repeats)
+    assert gap <= nearest <= gap + 1  # tokens between a value and its question; all of these gaps occur
+    if problem == "needle":
+        end = 56 - 2 * pairs * repeats - gap
+        assert places == set(range(0, end - 1, 2))
+    else:
+        assert places == set(range(0, 2 * pairs, 2))
+
+
 def test_parity_and_products():
     tokens, labels = make_row(Options(problem="parity"), 50, 3)
     assert labels.tolist() == [sum(tokens[: i + 1]) % 2 for i in range(50)]
@@ -37,7 +64,7 @@ def test_parity_and_products():
 
 
 def test_rows_are_the_same_again_and_never_those_of_training():
-    for problem in ("mqar", "parity", "s5"):
+    for problem in ("mqar", "needle", "parity", "s5"):
         options = Options(problem=problem, vocab=64)
         rows = [make_row(options, 64, i, training)[0] for training in (False, True) for i in range(5)]
         assert len({row.tobytes() for row in rows}) == 10
@@ -61,8 +88,11 @@ def test_accuracies(lm, tmp_path, monkeypatch):
 
 
 def test_what_does_not_fit_is_refused(lm):
-    with pytest.raises(ValueError, match=r"mqar needs four tokens for each of synthetic.pairs=20"):
+    with pytest.raises(ValueError, match=r"mqar needs synthetic.gap=0 tokens and 4 for each of synthetic.pairs=20"):
         Options(lengths=[64], pairs=20)
+    Options("needle", [41], pairs=4, repeats=3, gap=9)
+    with pytest.raises(ValueError, match=r"needle needs synthetic.gap=10 tokens and 8 for each of synthetic.pairs=4"):
+        Options("needle", [41], pairs=4, repeats=3, gap=10)
     with pytest.raises(ValueError, match=r"set model.vocab_size=8192"):
         Synthetic(Options(), lm, None)
     with pytest.raises(ValueError, match=r"problem = 'xor': must be"):
