@@ -49,7 +49,10 @@ def _scan(self, inputs) -> list:
     rows = [np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
     out = [x.copy() for x in rows]
     for i in range(1, len(rows[0])):
-        before, here = ([self.to_tensor(x[at], y.dtype) for x, y in zip(xs, inputs, strict=True)] for xs, at in ((out, i - 1), (rows, i)))
+        before, here = (
+            [self.to_tensor(x[at], y.dtype) for x, y in zip(xs, inputs, strict=True)]
+            for xs, at in ((out, i - 1), (rows, i))
+        )
         for x, found in zip(out, self.combine_fn.fn(*before, *here), strict=True):
             x[i] = found.handle.data.reshape(x[i].shape)
     return [self.to_tensor(np.moveaxis(x, 0, self.axis), y.dtype) for x, y in zip(out, inputs, strict=True)]
