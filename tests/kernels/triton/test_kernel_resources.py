@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 COMMITTED = ROOT / "benchmarks" / "results" / "kernel_resources.md"
-CHOSEN = ["1-64-1-64:walk", "1-64-1-64:state_back", "2-64-4-64:read", "2-64-4-64:hidden"]
+CHOSEN = ["1-64-1-64:tables", "1-64-1-64:walk", "1-64-1-64:state_back", "2-64-4-64:read", "2-64-4-64:hidden"]
 OTHERS = [
     "1-64-1-32-fp32:walk",
     "2-64-2-32-fp16-gates:read",
