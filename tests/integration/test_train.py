@@ -282,7 +282,12 @@ def test_a_decay_branch_is_the_run_that_would_have_ended_there(train, tmp_path, 
     assert train("train.schedule=constant", "train.steps=6", "train.checkpoint_every=2", "train.warmup_steps=2") == 0
     before = files_of(main)
     decays = ["train.schedule=wsd", "train.steps=7", "train.decay_steps=3"]
-    off = [f"run.dir={branch}", f"train.resume={main}/checkpoints/step-00000004"]
+    off = [
+        f"run.dir={branch}",
+        f"train.resume={main}/checkpoints/step-00000004",
+        "train.resume_data=true",
+        "train.init_from=null",
+    ]
     capsys.readouterr()
     assert cli.main(["train", f"{main}/config.yaml", *off, *decays]) == 0
     shown = capsys.readouterr().out
