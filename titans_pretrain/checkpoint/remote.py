@@ -138,7 +138,7 @@ class RemoteStore:
 
                 def remove(path: str = path) -> None:
                     with contextlib.suppress(FileNotFoundError):  # the answer to an earlier try was lost
-                        system.rm(f"{root}/{path}")  # not rm_file, which some drivers lack
+                        system.rm_file(f"{root}/{path}")
 
                 self._try(remove, path)
 

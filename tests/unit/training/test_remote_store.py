@@ -88,7 +88,7 @@ def dies_at(monkeypatch):
 
     def arm(url: str, n: int | None) -> list[int]:
         system, count = fsspec.core.url_to_fs(url)[0], [0]
-        for name in ("put_file", "pipe_file", "rm"):
+        for name in ("put_file", "pipe_file", "rm_file"):
             real = reals.setdefault((id(system), name), getattr(system, name))
 
             def call(*args, real=real, **options):
@@ -123,7 +123,7 @@ def test_a_reader_never_finds_half_a_checkpoint_wherever_the_writer_dies(url, tm
         system, root = fsspec.core.url_to_fs(url)
         counting = dies_at(url, None)
         if system.find(root):
-            system.rm(root, recursive=True)  # and is not counted
+            system.rm(root, recursive=True)
         store = RemoteStore(url)
         for path in (*old, other):
             store.upload(path)
