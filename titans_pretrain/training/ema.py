@@ -13,7 +13,7 @@ AVERAGE = "ema"  # its name among an optimizer's states
 def average_weights(optimizer: torch.optim.Optimizer, decay: float) -> None:
     """Has the optimizer average its parameters from their values before its next step on, or from the average in its state. A step
     that its `found_inf` holds back does not count."""
-    optimizer.averaging = True  # type: ignore[attr-defined]
+    optimizer.averaging = True
     starts: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()

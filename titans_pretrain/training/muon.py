@@ -8,6 +8,7 @@ adjust_lr_fn="match_rms_adamw", which cannot leave a harmful step out, nor updat
 
 import math
 from collections.abc import Callable, Iterator
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 MOMENTUM = "momentum_buffer"  # its name among an optimizer's states, torch's
 COEFFICIENTS, STEPS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
 DTYPE = torch.bfloat16  # of the iteration
-Direction = tuple[slice | type(...), Tensor, float]  # where in the parameter, the orthogonal part, its scale
+Direction = tuple[slice | EllipsisType, Tensor, float]  # where in the parameter, the orthogonal part, its scale
 Directions = Callable[[Tensor, Tensor], Iterator[Direction]]
 
 
