@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from titans_pretrain.checkpoint.checksums import SUMS, check_files, hash_files, write_sums
 from titans_pretrain.checkpoint.metadata import Reader, Writer
-from titans_pretrain.checkpoint.optimizer_states import states_of
+from titans_pretrain.checkpoint.optimizer_states import AVERAGE, states_of
 from titans_pretrain.checkpoint.store import (
     begin_folder,
     checkpoint_name,
@@ -50,7 +50,6 @@ from titans_pretrain.checkpoint.together import (
     world,
 )
 from titans_pretrain.config import Config, load_config, save_config
-from titans_pretrain.training.ema import AVERAGE
 
 FORMAT_VERSION = 3  # 2: a pickle in the place of weights/metadata.json, and no checksums
 OLDEST_VERSION = 2
@@ -170,7 +169,7 @@ def load_initial(
 def _take_over(checkpoint: Path, model: nn.Module, optimizer, tensor_group, data_group, steps: int | None) -> None:
     """steps: finished ones of the optimizer. None: the weights alone, and the rest as before a first step."""
     trained, states = _trained(model), states_of(optimizer, data_group)
-    kinds = {} if steps is None else {name: states.kinds(name, p) for name, p in trained.items()}
+    kinds = {} if steps is None else {name: states.kinds(p) for name, p in trained.items()}
     averaged = _check_fit(checkpoint, model, kinds, tensor_group)
 
     def read(kind: str, tensors: dict[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ tensor and pipeline parallelism and by ZeRO, and in a checkpoint as they are.
 import torch
 from torch import Tensor
 
-AVERAGE = "ema"  # its name among an optimizer's states
+from titans_pretrain.checkpoint.optimizer_states import AVERAGE
 
 
 def average_weights(optimizer: torch.optim.Optimizer, decay: float) -> None:
@@ -34,10 +34,6 @@ def average_weights(optimizer: torch.optim.Optimizer, decay: float) -> None:
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(follow)
-
-
-def is_averaging(optimizer: torch.optim.Optimizer) -> bool:
-    return getattr(optimizer, "averaging", False)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
