@@ -17,7 +17,7 @@ from benchmarks.common import GIB, Bar, argument_parser, describe_setup, finish,
 from titans_pretrain.checkpoint.saver import Saver
 from titans_pretrain.config import load_config
 from titans_pretrain.models import build_model
-from titans_pretrain.optim.optimizer import build_optimizer
+from titans_pretrain.training.optimizer import build_optimizer
 
 REPETITIONS = 5
 

@@ -17,9 +17,9 @@ from titans_pretrain.config import load_config
 from titans_pretrain.config.load import from_dict
 from titans_pretrain.models import build_model
 from titans_pretrain.models.costs import attention_flops, retrieved_flops
-from titans_pretrain.optim.optimizer import build_optimizer
 from titans_pretrain.parallel.layout import check_layout
 from titans_pretrain.parallel.zero_settings import zero_settings
+from titans_pretrain.training.optimizer import build_optimizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "tiny.yaml"

@@ -9,7 +9,6 @@ ROOT = Path(__file__).parents[2]
 ORDER = (
     {"config", "kernels", "disk"},
     {"models", "data"},
-    {"optim"},
     {"checkpoint", "data_prep"},
     {"hf"},
     {"training"},

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from titans_pretrain.checkpoint.spread import read_shared
-from titans_pretrain.optim.ema import AVERAGE, is_averaging
-from titans_pretrain.optim.muon import MOMENTUM, Muon
-from titans_pretrain.optim.optimizer import is_muons
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+AVERAGE = "ema"  # of the weights, where an optimizer is `averaging`
 Read = Callable[[str, dict[str, Tensor]], None]  # (kind, name -> tensor to be filled)
 
 
@@ -30,27 +28,29 @@ class _States:
         assert len(found) <= 1, f"parameters were updated {found} times: AdamW updates all or none"
         return found.pop() if found else 0
 
-    def kinds(self, name: str, p: nn.Parameter) -> tuple[str, ...]:
+    def kinds(self, p: Tensor) -> tuple[str, ...]:
         """What there is of a parameter: "weight", and the optimizer's states by their names there."""
-        muons = isinstance(self.optimizer, Muon) and is_muons(name, p)
-        return "weight", *((MOMENTUM,) if muons else MOMENTS), *((AVERAGE,) if is_averaging(self.optimizer) else ())
+        return "weight", *self._moments(p), *((AVERAGE,) if getattr(self.optimizer, "averaging", False) else ())
+
+    def _moments(self, p: Tensor) -> tuple[str, ...]:
+        """AdamW's, unless the optimizer says others."""
+        told = getattr(self.optimizer, "moments_of", None)
+        return MOMENTS if told is None else told(p)
 
     def by_kind(self, named: dict[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
         found: dict[str, dict[str, nn.Parameter]] = {}
         for name, p in named.items():
-            for kind in self.kinds(name, p):
+            for kind in self.kinds(p):
                 found.setdefault(kind, {})[name] = p
         return found
 
     def empty(self, p: Tensor, steps: int) -> dict[str, Tensor]:
         """As the optimizer makes it in its first step; fused kernels read `step` on the parameter's device."""
-        options = self.optimizer.defaults
-        average = {AVERAGE: torch.zeros_like(p)} if is_averaging(self.optimizer) else {}
-        if any(p is q for group in self.optimizer.param_groups if group.get("muon") for q in group["params"]):
-            return {MOMENTUM: torch.zeros_like(p), **average}
-        device = p.device if options["fused"] or options["capturable"] else "cpu"
-        step = torch.tensor(float(steps), dtype=torch.float32, device=device)
-        return {"step": step, **{moment: torch.zeros_like(p) for moment in MOMENTS}, **average}
+        state = {kind: torch.zeros_like(p) for kind in self.kinds(p) if kind != "weight"}
+        if self._moments(p) == MOMENTS:
+            beside = self.optimizer.defaults["fused"] or self.optimizer.defaults["capturable"]
+            state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=p.device if beside else "cpu")
+        return state
 
 
 class TorchStates(_States):
@@ -98,7 +98,7 @@ class ZeroStates(_States):
     def tensors(self, named: dict[str, nn.Parameter]) -> Iterator[tuple[str, str, Tensor]]:
         self._link()
         for i, (name, p) in enumerate(named.items()):
-            for kind in self.kinds(name, p):
+            for kind in self.kinds(p):
                 full = self._gathered(p, kind)
                 if i % self.size == self.rank:
                     yield kind, name, full.cpu()  # a GPU has no room for another copy of its share

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from titans_pretrain.checkpoint.checksums import SUMS, check_files, hash_files, write_sums
 from titans_pretrain.checkpoint.metadata import Reader, Writer
-from titans_pretrain.checkpoint.optimizer_states import states_of
+from titans_pretrain.checkpoint.optimizer_states import AVERAGE, states_of
 from titans_pretrain.checkpoint.store import (
     begin_folder,
     checkpoint_name,
@@ -50,7 +50,6 @@ from titans_pretrain.checkpoint.together import (
     world,
 )
 from titans_pretrain.config import Config, load_run_config, save_config
-from titans_pretrain.optim.ema import AVERAGE
 
 FORMAT_VERSION = 3  # 2: a pickle in the place of weights/metadata.json, and no checksums
 OLDEST_VERSION = 2
@@ -170,7 +169,7 @@ def load_initial(
 def _take_over(checkpoint: Path, model: nn.Module, optimizer, tensor_group, data_group, steps: int | None) -> None:
     """steps: finished ones of the optimizer. None: the weights alone, and the rest as before a first step."""
     trained, states = _trained(model), states_of(optimizer, data_group)
-    kinds = {} if steps is None else {name: states.kinds(name, p) for name, p in trained.items()}
+    kinds = {} if steps is None else {name: states.kinds(p) for name, p in trained.items()}
     averaged = _check_fit(checkpoint, model, kinds, tensor_group)
 
     def read(kind: str, tensors: dict[str, Tensor]) -> None:
@@ -205,10 +204,10 @@ def load_weights(checkpoint: Path, model: nn.Module, tensor_group=None, average:
     check_files(checkpoint)
     read_trainer(checkpoint)
     trained = _trained(model)
-    if (
-        not _check_fit(checkpoint, model, {n: ("weight", AVERAGE) for n in trained} if average else {}, tensor_group)
-        and average
-    ):
+    _check_fit(checkpoint, model, {}, tensor_group)
+    with reading(checkpoint):
+        there = any(name.startswith(f"{AVERAGE}.") for name in _entries(checkpoint))
+    if average and not there:
         raise ValueError(f"{checkpoint} has no average of the weights: its run was trained with train.ema=0")
     kind = AVERAGE if average else "weight"
     tensors = {_key(kind, n): _global(p.data, p, tensor_group) for n, p in trained.items()}

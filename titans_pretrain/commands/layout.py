@@ -13,10 +13,10 @@ from titans_pretrain.commands.activations import Steps, activation_bytes, count_
 from titans_pretrain.config import Config
 from titans_pretrain.models import TitansForCausalLM, build_model
 from titans_pretrain.models.state import tensors
-from titans_pretrain.optim.optimizer import is_muons
 from titans_pretrain.parallel.layout import check_layout, needs_segments, stage_layers
 from titans_pretrain.parallel.segments import state_template
 from titans_pretrain.parallel.stage import stage_parts
+from titans_pretrain.training.optimizer import is_muons
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from titans_pretrain.data import NoDocuments, ShardError, build_reader, epoch_si
 from titans_pretrain.data.storage import Folder
 from titans_pretrain.data.tokenizer import DEFINITION, ENTRY, read_tokenizer_entry
 from titans_pretrain.models import build_model
-from titans_pretrain.optim.optimizer import learning_rate
 from titans_pretrain.parallel.apply import build_engine
 from titans_pretrain.parallel.launch import check_agreement, launched_world, leave_processes
 from titans_pretrain.parallel.mesh import Mesh, build_mesh, describe
@@ -36,6 +35,7 @@ from titans_pretrain.training.hooks import Hook
 from titans_pretrain.training.loggers import build_loggers
 from titans_pretrain.training.mirror import NOT_COPIED_EXIT_CODE, Mirror
 from titans_pretrain.training.norms import NormsHook
+from titans_pretrain.training.optimizer import learning_rate
 from titans_pretrain.training.plot import plot_loss
 from titans_pretrain.training.profiler import Profiler
 from titans_pretrain.training.progress import Progress

@@ -21,7 +21,7 @@ class FitConfig:
     beta2: float = setting(0.95, "of AdamW")
     eps: float = setting(1e-8, "of AdamW")
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
-    schedule: ClassVar[str] = "cosine"  # as optim/optimizer.py reads it
+    schedule: ClassVar[str] = "cosine"  # as training/optimizer.py reads it
     optimizer: ClassVar[str] = "adamw"  # likewise
     ema: ClassVar[float] = 0.0
     decay_steps: ClassVar[int] = 0

@@ -8,8 +8,6 @@ from torch import nn
 from titans_pretrain.config import Config
 from titans_pretrain.models.causal_lm import TitansForCausalLM
 from titans_pretrain.models.initialize import initialize_part
-from titans_pretrain.optim.muon import Muon
-from titans_pretrain.optim.optimizer import build_optimizer
 from titans_pretrain.parallel.engine import ParallelEngine
 from titans_pretrain.parallel.layout import needs_segments, stage_layers
 from titans_pretrain.parallel.matrices import FlatMatrices, TensorMatrices
@@ -22,6 +20,8 @@ from titans_pretrain.parallel.tensor import shard_outputs, shard_part
 from titans_pretrain.parallel.zero import partition_part, zero_engine
 from titans_pretrain.training.compile import compile_blocks
 from titans_pretrain.training.engine import Engine, SingleEngine
+from titans_pretrain.training.muon import Muon
+from titans_pretrain.training.optimizer import build_optimizer
 
 
 def build_engine(config: Config, model: TitansForCausalLM, mesh: Mesh, *, initialise: bool = True) -> Engine:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from titans_pretrain.config import Config
 from titans_pretrain.models.causal_lm import TitansForCausalLM
-from titans_pretrain.optim.optimizer import set_learning_rate
 from titans_pretrain.parallel.gradients import (
     all_reduce_in_buckets,
     clip_by_global_norm,
@@ -24,6 +23,7 @@ from titans_pretrain.parallel.ring import RingLink
 from titans_pretrain.training.engine import compute_dtype, count_targets, on_device
 from titans_pretrain.training.guard import UpdateGuard
 from titans_pretrain.training.norms import sum_squares
+from titans_pretrain.training.optimizer import set_learning_rate
 from titans_pretrain.training.stopwatch import Stopwatch
 from titans_pretrain.training.stragglers import MEETING, PASSES, RING
 

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titans_pretrain.optim import muon
-from titans_pretrain.optim.muon import Direction, orthogonalized, scale_of
 from titans_pretrain.parallel.mesh import Axis
+from titans_pretrain.training import muon
+from titans_pretrain.training.muon import Direction, orthogonalized, scale_of
 
 
 class TensorMatrices:
@@ -48,11 +48,8 @@ class FlatMatrices:
         assert len({p.untyped_storage().data_ptr() for p in parameters}) == 1 and self.places[0][0] == 0
 
     def __call__(self, piece: Tensor, update: Tensor) -> Iterator[Direction]:
-        first = self.data.rank * piece.numel()
-        last, device = (
-            first + piece.numel(),
-            self.places[0][2].device,
-        )  # of the model; an offloaded optimizer's is another
+        first, last = (n * piece.numel() for n in (self.data.rank, self.data.rank + 1))
+        device = self.places[0][2].device  # of the model; an offloaded optimizer's is another
         flat = torch.empty(self.data.size * piece.numel(), dtype=muon.DTYPE, device=device)
         dist.all_gather_into_tensor(flat, update.to(device, muon.DTYPE), group=self.data.group)
         for start, end, p in self.places:

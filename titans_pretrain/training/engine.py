@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from titans_pretrain.config import Config
 from titans_pretrain.models.inputs import check_values
-from titans_pretrain.optim.optimizer import build_optimizer, set_learning_rate
 from titans_pretrain.training.guard import UpdateGuard
 from titans_pretrain.training.norms import sum_squares
+from titans_pretrain.training.optimizer import build_optimizer, set_learning_rate
 
 
 class Engine(Protocol):

@@ -15,9 +15,9 @@ from titans_pretrain.checkpoint.store import make_folder, write_text
 from titans_pretrain.config import save_config
 from titans_pretrain.config.fit import FitConfig
 from titans_pretrain.disk import sync
-from titans_pretrain.optim.optimizer import build_optimizer, learning_rate, set_learning_rate
 from titans_pretrain.training.engine import compute_dtype
 from titans_pretrain.training.loggers import JsonlLogger
+from titans_pretrain.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from titans_pretrain.training.signals import StopRequest
 
 BEST = "best.safetensors"

@@ -19,12 +19,12 @@ from titans_pretrain.checkpoint import (
 from titans_pretrain.checkpoint.saver import Saver
 from titans_pretrain.config import Config
 from titans_pretrain.data import Stopped
-from titans_pretrain.optim.optimizer import learning_rate
 from titans_pretrain.training.engine import Engine
 from titans_pretrain.training.gauge import Gauge
 from titans_pretrain.training.guard import FINE, NOT_FINITE
 from titans_pretrain.training.hooks import Hook
 from titans_pretrain.training.loggers import Logger
+from titans_pretrain.training.optimizer import learning_rate
 from titans_pretrain.training.progress import Progress
 from titans_pretrain.training.signals import StopRequest
 from titans_pretrain.training.validation import Validator

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from titans_pretrain.checkpoint.optimizer_states import states_of
+from titans_pretrain.checkpoint.optimizer_states import AVERAGE, states_of
 from titans_pretrain.data import Stopped
-from titans_pretrain.optim.ema import AVERAGE
 from titans_pretrain.training.engine import Engine
 from titans_pretrain.training.signals import StopRequest
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from titans_pretrain import build_model
 from titans_pretrain.config import MemoryConfig, ModelConfig, TrainConfig
-from titans_pretrain.optim import muon
-from titans_pretrain.optim.muon import Muon, orthogonalized
-from titans_pretrain.optim.optimizer import build_optimizer, set_learning_rate
+from titans_pretrain.training import muon
+from titans_pretrain.training.muon import Muon, orthogonalized
+from titans_pretrain.training.optimizer import build_optimizer, set_learning_rate
 
 TRAIN = TrainConfig(optimizer="muon", lr=0.01, weight_decay=0.3, muon_momentum=0.9)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from titans_pretrain.config import TrainConfig
-from titans_pretrain.optim.optimizer import build_optimizer, learning_rate
+from titans_pretrain.training.optimizer import build_optimizer, learning_rate
 
 
 def test_schedule_by_hand():

@@ -13,6 +13,8 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
+from titans_pretrain.checkpoint.optimizer_states import MOMENTS
+
 MOMENTUM = "momentum_buffer"  # its name among an optimizer's states, torch's
 COEFFICIENTS, STEPS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
 DTYPE = torch.bfloat16  # of the iteration
@@ -35,6 +37,12 @@ class Muon(torch.optim.Optimizer):
         group = {"params": matrices, "weight_decay": weight_decay, "momentum": momentum, "muon": True}
         super().__init__([group, *self._adamw.param_groups], self._adamw.defaults | {"muon": False})
         self.directions: Directions = whole_matrix
+        self._matrices = set(matrices)
+
+    def moments_of(self, p: Tensor) -> tuple[str, ...]:
+        """Names of the states of a parameter, or of the piece of a flat tensor that ZeRO puts into a group for many."""
+        pieces = (q for group in self.param_groups if group["muon"] for q in group["params"])
+        return (MOMENTUM,) if p in self._matrices or any(p is q for q in pieces) else MOMENTS
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

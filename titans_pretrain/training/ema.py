@@ -7,13 +7,13 @@ tensor and pipeline parallelism and by ZeRO, and in a checkpoint as they are.
 import torch
 from torch import Tensor
 
-AVERAGE = "ema"  # its name among an optimizer's states
+from titans_pretrain.checkpoint.optimizer_states import AVERAGE
 
 
 def average_weights(optimizer: torch.optim.Optimizer, decay: float) -> None:
     """Has the optimizer average its parameters from their values before its next step on, or from the average in its state. A step
     that its `found_inf` holds back does not count."""
-    optimizer.averaging = True  # type: ignore[attr-defined]
+    optimizer.averaging = True
     starts: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
@@ -34,10 +34,6 @@ def average_weights(optimizer: torch.optim.Optimizer, decay: float) -> None:
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(follow)
-
-
-def is_averaging(optimizer: torch.optim.Optimizer) -> bool:
-    return getattr(optimizer, "averaging", False)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from titans_pretrain.config import TrainConfig
-from titans_pretrain.optim.ema import average_weights
-from titans_pretrain.optim.muon import Muon
+from titans_pretrain.training.ema import average_weights
+from titans_pretrain.training.muon import Muon
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:

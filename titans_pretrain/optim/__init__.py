@@ -1,1 +1,0 @@
-"""Optimizers, what decays, the learning rate, and the average of the weights."""
