@@ -70,7 +70,7 @@ def test_small_models_are_trained_once_and_shown(tmp_path, monkeypatch, capsys):
         synthetic.main()
         return [json.loads(line) for line in (tmp_path / "out/synthetic.jsonl").read_text().splitlines()]
 
-    first = run("--problems", "needle", "s5", "--variants", "lmm", "--seeds", "1", *tiny)
+    first = run(*tiny, "--problems", "needle", "s5", "--variants", "lmm", "--seeds", "1")
     assert [(p["problem"], p["variant"], p["seed"], p["steps"]) for p in first] == [
         ("needle", "lmm", 1, 2),
         ("s5", "lmm", 1, 2),
@@ -78,7 +78,7 @@ def test_small_models_are_trained_once_and_shown(tmp_path, monkeypatch, capsys):
     assert list(first[0]["accuracy"]) == [f"{n} windows, {8 * n} tokens" for n in synthetic.WINDOWS]
     assert list(first[1]["accuracy"]) == [f"{16 * n} tokens" for n in synthetic.LENGTHS]
     (tmp_path / "runs/needle-lmm-1/config.yaml").unlink()  # nobody looks there again
-    both = run("--problems", "needle", "--variants", "lmm", "transformer", "--seeds", "1", *tiny)
+    both = run(*tiny, "--problems", "needle", "--variants", "lmm", "transformer", "--seeds", "1")
     assert both[:2] == first and [p["variant"] for p in both[2:]] == ["transformer"]
     first[0]["seed"] = 0
     with (tmp_path / "out/synthetic.jsonl").open("a") as f:

@@ -20,6 +20,7 @@ from titans_pretrain.config import (
 )
 from titans_pretrain.config.keys import all_keys
 from titans_pretrain.config.load import load_as
+from titans_pretrain.evaluation.train_synthetic import SyntheticConfig
 from titans_pretrain.forecasting.config import ForecastConfig
 from titans_pretrain.genomics.config import ClassifyConfig
 
@@ -217,6 +218,8 @@ def schema_of(path: Path) -> type:
     name = path.relative_to(CONFIGS).with_suffix("").as_posix()
     if name in ("genomics/classify", "genomics/scratch"):
         return ClassifyConfig
+    if name.startswith("synthetic/"):
+        return SyntheticConfig
     return ForecastConfig if name.startswith("forecasting/") else Config
 
 
