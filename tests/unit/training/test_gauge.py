@@ -19,14 +19,14 @@ def config():
 
 def test_mfu_is_flops_over_seconds_over_peak(config, monkeypatch):
     monkeypatch.setattr(gauge, "peak_flops", lambda device, precision: 1e9)
-    read = Gauge(config, torch.device("cpu"), 2, corpus_tokens=400).read(0.5, tokens=100)
+    read = Gauge(config, torch.device("cpu"), 2, corpus_tokens=400).read(0.5, [1], tokens=100)
     assert read == {"epochs": 0.25, "mfu": round(model_flops(config) * 4 * 64 / 0.5 / 2e9, 4)}
     assert read["mfu"] > 0.01
 
 
 def test_mfu_is_absent_where_the_peak_is_unknown(config, monkeypatch):
     monkeypatch.setattr(gauge, "peak_flops", lambda device, precision: None)
-    assert Gauge(config, torch.device("cpu"), 1, corpus_tokens=400).read(0.5, tokens=100) == {"epochs": 0.25}
+    assert Gauge(config, torch.device("cpu"), 1, corpus_tokens=400).read(0.5, [1], tokens=100) == {"epochs": 0.25}
 
 
 def test_the_flops_are_those_of_a_training_step_with_its_inner_loop(config):
