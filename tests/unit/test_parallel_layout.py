@@ -141,7 +141,7 @@ def test_a_dear_layer_of_a_pattern_counts_for_more():
         ({"gradient_clipping": 5.0}, "deepspeed.gradient_clipping=5.0 contradicts train.grad_clip"),
         ({"zero_optimization": {"stage": 2}}, "deepspeed.zero_optimization.stage=2 contradicts parallel.zero_stage"),
         ({"fp16": {"enabled": True}}, "contradicts train.precision"),
-        ({"optimizer": {"type": "AdamW"}}, "contradicts train.lr"),
+        ({"optimizer": {"type": "AdamW"}}, "contradicts train.optimizer"),
         ({"zero_optimization": {"overlap_comm": True}}, "this trainer needs False"),
     ],
 )
