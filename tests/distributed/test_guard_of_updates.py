@@ -76,7 +76,9 @@ def test_a_harmful_step_is_as_if_it_had_not_been(ranks, layout):
     for (verdicts, found, saved), (_, expected, kept) in zip(harmed, clean, strict=True):
         assert verdicts == [FINE] * 5 + [SPIKE, NOT_FINITE] + [FINE] * 3
         assert found == expected[:8]
-        assert saved.keys() == kept.keys() and any(n.startswith("momentum_buffer.") for n in saved) == ("optimizer" in layout)
+        assert saved.keys() == kept.keys() and any(n.startswith("momentum_buffer.") for n in saved) == (
+            "optimizer" in layout
+        )
         for name, tensor in kept.items():
             assert torch.equal(saved[name], tensor), name
     assert clean[0][0] == [FINE] * 10

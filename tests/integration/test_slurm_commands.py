@@ -192,9 +192,8 @@ def test_status_of_a_run_without_slurm(programs, tmp_path, capsys):
 def test_the_time_left_counts_the_rows_of_steps_to_come(programs, tmp_path, capsys):
     """60 steps of twice the rows, hence 600 tokens, at 150 tokens/s."""
     run = a_run(tmp_path / "a", 40)
-    with open(run / "config.yaml", "a") as file:
-        file.write("include: [warm.yaml]\n")
-    (run / "warm.yaml").write_text("train: {micro_batch: 1, global_batch: 8, batch_warmup: [[0, 4], [40, 8]]}\n")
+    warm = "steps: 100, micro_batch: 1, global_batch: 8, batch_warmup: [[0, 4], [40, 8]]"
+    (run / "config.yaml").write_text(f"train: {{{warm}}}\nrun: {{name: a, dir: a}}\n")
     assert status_of(run, capsys)[0] == "step 40/100, loss 1.9500, 150 tokens/s, 4:00 left"
 
 
