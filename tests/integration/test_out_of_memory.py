@@ -1,5 +1,6 @@
 """What a training says that runs out of memory: a simulated error of a GPU, and real ones of this machine."""
 
+import os
 import re
 import subprocess
 import sys
@@ -69,7 +70,7 @@ from titans_pretrain.training.trainer import Trainer
 step = Trainer.train_step
 def limited(trainer):
     now = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (now + 200 * 2**20,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (now + 600 * 2**20,) * 2)
     return step(trainer)
 Trainer.train_step = limited
 sys.exit(cli.main(sys.argv[1:]))
@@ -77,11 +78,12 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def test_memory_that_is_really_not_there(data, tmp_path):
-    """A limit of the kernel's, of 200 MiB above what the process has when its first step begins."""
-    settings = ["train.micro_batch=64", "train.global_batch=64", "data.seq_len=512", "train.eval_every=0"]
+    """A limit of the kernel's, of 600 MiB above what the process has when its first step begins: enough for the reader's threads."""
+    settings = ["train.micro_batch=256", "train.global_batch=256", "data.seq_len=512", "train.eval_every=0"]
     settings += [f"data.path={data}", f"run.dir={tmp_path}"]
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, "train", str(TINY), *settings], cwd=ROOT, capture_output=True, text=True, timeout=500,
+        env=os.environ | {"MALLOC_ARENA_MAX": "1"},  # each thread would take 64 MiB of the limit
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate" in done.stderr
