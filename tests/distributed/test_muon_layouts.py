@@ -143,18 +143,17 @@ def difference(ours: dict, theirs: dict, kind: str) -> float:
     return max(float((ours[name] - t).abs().max() / max(t.abs().max(), least)) for name, t in named.items())
 
 
-@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_checkpoint_of_one_layout_goes_on_under_the_others(ranks, tmp_path, quick):
-    names = [n for n in SOURCES if not quick or n in ("one", *QUICK)]
-    checkpoints = [saved(name, ranks, BEFORE, tmp_path / name) for name in names]
+@pytest.mark.slow
+def test_a_checkpoint_of_one_layout_goes_on_under_the_others(ranks, tmp_path):
+    checkpoints = [saved(name, ranks, BEFORE, tmp_path / name) for name in SOURCES]
     straight = read_tensors(saved("one", ranks, BEFORE + AFTER, tmp_path / "straight"))
     kinds = {name.split(".")[0] for name in straight}
     assert kinds == LIMITS.keys()
     matrices = {n.partition(".")[2] for n in straight if n.startswith("momentum_buffer.")}
     assert not matrices & {n.partition(".")[2] for n in straight if n.startswith("exp_avg")}
-    for layout in names:
+    for layout in SOURCES:
         resumed(layout, ranks, checkpoints, tmp_path / f"on-{layout}")
-        for number, (source, checkpoint) in enumerate(zip(names, checkpoints, strict=True)):
+        for number, (source, checkpoint) in enumerate(zip(SOURCES, checkpoints, strict=True)):
             folder = tmp_path / f"on-{layout}" / str(number) / "checkpoints"
             taken, there = read_tensors(folder / checkpoint_name(BEFORE)), read_tensors(checkpoint)
             assert taken.keys() == there.keys() and all(torch.equal(taken[n], t) for n, t in there.items())

@@ -77,6 +77,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_memory_that_is_really_not_there(data, tmp_path):
     """A limit of the kernel's, of 600 MiB above what the process has when its first step begins: enough for the reader's threads."""
     settings = ["train.micro_batch=256", "train.global_batch=256", "data.seq_len=512", "train.eval_every=0"]
