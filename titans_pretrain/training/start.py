@@ -103,6 +103,8 @@ def _initial_weights(given: str, run_dir: Path) -> Path:
 
 def _import_alone(source: str, folder: Path) -> None:
     """`titans-pretrain import` in a process of its own, whose memory holds the whole model while no other does. Raises ValueError."""
+    if Path(source).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"train.init_from={source} lies where its copy goes; move it out of {folder}")
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "titans_pretrain", "import", source, str(folder)]
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}

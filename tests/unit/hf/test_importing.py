@@ -73,6 +73,11 @@ def test_a_run_starts_from_an_export(exported, tmp_path):
     config.model = ModelConfig(variant="lmm")
     with pytest.raises(ValueError, match="was written by another model"):
         find_start(config)
+    shutil.copytree(folder, tmp_path / "other/init_from")
+    config.train.init_from, config.run.dir = str(tmp_path / "other/init_from"), str(tmp_path / "other")
+    with pytest.raises(ValueError, match="lies where its copy goes"):
+        find_start(config)
+    assert (tmp_path / "other/init_from/config.json").is_file()
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
