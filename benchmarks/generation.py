@@ -1,6 +1,6 @@
 """Memory and speed of generation with an exported model, over the length of the prompt.
 
-    python -m benchmarks.generation                    # all variants, prompts up to 1M tokens: about ten minutes on one core
+    python -m benchmarks.generation                    # all variants, prompts up to 1M tokens
     python -m benchmarks.generation --quick
     python -m benchmarks.generation --only mag --lengths 1024 10240
 
@@ -99,7 +99,7 @@ def main() -> None:
                 [f"{variant}, {tokens}", f"{found['peak'] / MIB:.0f}", f"{more:.1f}", f"{state:.2f}",
                  f"{found['read']:.0f}", f"{found['written']:.0f}"]
             )  # fmt: skip
-            print(f"{rows[-1]}", flush=True)
+            print(", ".join(rows[-1]), flush=True)
     header = ["prompt", "peak, MiB", "over the loaded model, MiB", "state, MiB", "read, tokens/s", "written, tokens/s"]
     print("\n" + markdown_table(header, rows))
     bars = []
