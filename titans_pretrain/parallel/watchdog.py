@@ -19,6 +19,7 @@ from titans_pretrain.training.hooks import Hook
 HANG_EXIT_CODE = 86
 _CONNECTION = re.compile("connection|timed? ?out|socket|nccl", re.IGNORECASE)
 _GONE = -1  # a sign of life that says: I have ended well
+_ENDS = 5.0  # seconds in which a process may end by itself, for the reason that ended another
 _ANSWERS = 10.0  # seconds in which the processes of a run that hangs say where they are
 
 
@@ -29,8 +30,11 @@ class Watchdog(Hook):
     of life in the group's store every second, and watches its neighbour's: one that is lost for `lost_after` seconds ends all, with
     exit code 1 and one line that says which it was.
 
-    A process that hangs has a thread that still beats. Where no step, validation or checkpoint ended for `hang_after` seconds (None: never looked at), every
-    process prints its stack, and all end with HANG_EXIT_CODE and one line that says which is behind, and in what call."""
+    A process that hangs has a thread that still beats. Where no step, validation or checkpoint ended for `hang_after` seconds (None:
+    never looked at), every process prints its stack, and all end with HANG_EXIT_CODE and one line that says which is behind, and in
+    what call."""
+
+    _entered = 0  # in this process: the next run in one group sees no sign of the last one
 
     def __init__(self, lost_after: float, hang_after: float | None = None):
         self._lost_after, self._hang_after = lost_after, hang_after
@@ -38,14 +42,15 @@ class Watchdog(Hook):
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._main = threading.get_ident()
-        self._step, self._moved = (
-            0,
-            math.inf,
-        )  # a start may take its time: there is no hang before the first step begins
+        self._step = 0
+        self._moved = math.inf  # a start may take its time: there is no hang before the first step begins
 
     def __enter__(self) -> "Watchdog":
         if dist.is_initialized() and (dist.get_world_size() > 1 or self._hang_after):
-            store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())
+            Watchdog._entered += 1
+            store = dist.PrefixStore(
+                f"watchdog {Watchdog._entered}", dist.distributed_c10d._get_default_store().clone()
+            )
             self._thread = threading.Thread(target=self._watch, args=(store,), daemon=True)
             self._thread.start()
         return self
@@ -81,14 +86,12 @@ class Watchdog(Hook):
         beats, seen, since, last = 0, -1, time.monotonic(), time.monotonic()
         try:
             while not self._stop.wait(1.0):
-                if (
-                    time.monotonic() - last > 5.0
-                ):  # this process itself was stopped: the others had no chance to be seen
+                if time.monotonic() - last > 5.0:  # this process was stopped: the others had no chance to be seen
                     since, self._moved = time.monotonic(), max(self._moved, time.monotonic())
                 last = time.monotonic()
                 beats += 1
                 store.set(f"{rank}", str(beats))
-                if store.check(["lost"]) and not self._stop.wait(5.0):  # this process may be ending for the same reason
+                if store.check(["lost"]) and not self._stop.wait(_ENDS):
                     self._end(store.get("lost").decode())
                 if self._hang_after and (store.check(["hang"]) or last - self._moved > self._hang_after):
                     self._end_hang(store, rank, world)
