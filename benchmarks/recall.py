@@ -13,7 +13,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from titans_pretrain.config.model import MemoryConfig, ModelConfig
+from titans_pretrain.config.model import MacConfig, MemoryConfig, ModelConfig
 from titans_pretrain.models import build_model
 
 KEYS, VALUES, NOISE = 32, 32, 32
@@ -43,10 +43,12 @@ def recall_config(**options) -> ModelConfig:
     """Two layers of width 64; options are keys of `model`, those of its memory as `memory.KEY`."""
     memory = {k.removeprefix("memory."): v for k, v in options.items() if k.startswith("memory.")}
     model = {k: v for k, v in options.items() if not k.startswith("memory.")}
+    memory = MemoryConfig(**(dict(heads=2, expansion=2) | memory))
+    mac = MacConfig(segment=max(WINDOW, memory.chunk_size))  # its window; the default would hold a whole row
     base = dict(
         variant="lmm", dim=64, layers=2, heads=2, vocab_size=VOCAB, window=WINDOW, persistent_tokens=4, ffn_dim=128
     )
-    return ModelConfig(**(base | model), memory=MemoryConfig(**(dict(heads=2, expansion=2) | memory)))
+    return ModelConfig(**(base | model), memory=memory, mac=mac)
 
 
 def recall_batch(rows: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

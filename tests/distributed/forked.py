@@ -1,14 +1,11 @@
 """Processes of `titans-pretrain train` that are forked from one that has imported everything: they start in a tenth of the time."""
 
-import multiprocessing
 import os
 import sys
 from pathlib import Path
-from unittest import mock
 
+from ranks import forked
 from test_launch import ROOT, Processes
-
-IMPORTED = "deepspeed", "megatron.core", "titans_pretrain.commands.train", "torch.distributed.checkpoint"
 
 
 class ForkedProcesses(Processes):
@@ -27,14 +24,8 @@ class Forked:
     """What Processes needs of subprocess.Popen."""
 
     def __init__(self, environment: dict[str, str], command: list[str], log: Path):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(IMPORTED))
         self._log = log
-        self._process = context.Process(target=_run, args=(environment, command, str(log)), daemon=True)
-        with mock.patch.dict(
-            os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)
-        ):  # of the server, at the first of all
-            self._process.start()
+        self._process = forked(_run, environment, command, str(log))
 
     def send_signal(self, number: int) -> None:
         os.kill(self._process.pid, number)

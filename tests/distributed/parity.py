@@ -13,7 +13,7 @@ from titans_pretrain.models import build_model
 from titans_pretrain.parallel.apply import build_engine
 from titans_pretrain.parallel.mesh import Mesh, build_mesh, leave_mesh
 
-ROWS, TOKENS, VOCAB, STEPS = 4, 48, 64, 5
+ROWS, TOKENS, VOCAB, STEPS = 4, 48, 64, 3
 FLOAT32, FLOAT64 = 1e-5, 1e-9  # largest relative difference
 CALM = {
     "model__memory__max_lr": 0.005,
@@ -96,8 +96,9 @@ def micro_batches(config, step: int, data_rank: int = 0, data: int = 1, context_
 
 
 def train_alone(values: dict) -> dict:
-    """losses, norms, gradients of the first step (name -> tensor), weights at the end."""
-    plain = values | {"parallel": {}, "train": values["train"] | {"recompute": "none"}}
+    """losses, norms, gradients of the first step (name -> tensor), weights at the end; each step in one pass over all rows."""
+    whole = {"recompute": "none", "micro_batch": values["train"]["global_batch"]}
+    plain = values | {"parallel": {}, "train": values["train"] | whole}
     config, model = fresh(plain)
     return _train(build_engine(config, model, Mesh(torch.device("cpu"))), config, None)
 

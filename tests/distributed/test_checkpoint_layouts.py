@@ -38,7 +38,7 @@ LIMITS_BF16 = {"model": 1e-3}
 def values(layout: str = "one", **changes) -> dict:
     pattern = ["mag", {"variant": "transformer", "window": None, "kv_heads": 2}]
     hybrid = {"model__pattern": pattern, "model__layers": 2, "model__qk_norm": True}
-    return case("mag", **hybrid, **CALM, **LAYOUTS[layout][1], **changes)
+    return case("mag", **hybrid, **CALM, train__micro_batch=2, **LAYOUTS[layout][1], **changes)
 
 
 def on(ranks, world: int, f, *args) -> list:

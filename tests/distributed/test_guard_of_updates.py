@@ -24,7 +24,7 @@ def losses(values: dict, harm: dict[int, float]) -> tuple[list[int], list[float]
         read += step not in harm
         each = 4 // mesh.data.size
         own = slice(mesh.data.rank * each, (mesh.data.rank + 1) * each)
-        batches = [Batch(*(x[own][i : i + 1] for x in batch)) for i in range(each)]
+        batches = [Batch(*(x[own][i : i + 2] for x in batch)) for i in range(0, each, 2)]
         hooks = [
             p.register_hook(lambda g, by=harm[step]: g * by)
             for p in engine.model.parameters()
@@ -70,8 +70,8 @@ QUICK = ({}, {"zero_stage": 1, "precision": "bf16"}, {"zero_stage": 2}, LAYOUTS[
 )
 def test_a_harmful_step_is_as_if_it_had_not_been(ranks, layout):
     changes = {f"{'train' if k in OF_TRAINING else 'parallel'}__{k}": v for k, v in layout.items()}
-    values = case("lmm", train__on_nan="skip", train__on_spike="skip", **changes)
-    values["train"] |= {"warmup_steps": 0, "spike_window": 4, "spike_sigma": 100.0}
+    values = case("lmm", model__layers=2, train__micro_batch=2, train__on_nan="skip", train__on_spike="skip", **changes)
+    values["train"] |= {"warmup_steps": 0, "spike_window": 8, "spike_sigma": 100.0}
     harmed, clean = (ranks(2).run(losses, values, harm) for harm in ({5: 1e4, 6: float("nan")}, {}))
     for (verdicts, found, saved), (_, expected, kept) in zip(harmed, clean, strict=True):
         assert verdicts == [FINE] * 5 + [SPIKE, NOT_FINITE] + [FINE] * 3

@@ -54,7 +54,7 @@ def values(layout: str, **changes) -> dict:
     dtype = "float32" if "zero" in layout or layout == "one" else "float64"
     layers = {"model__layers": 2, "model__pattern": ["mag", "mac"]}
     ours = {"train__optimizer": "muon", "train__ema": 0.9}
-    return case("mag", dtype=dtype, **layers, **CALM, **ours, **LAYOUTS[layout][1], **changes)
+    return case("mag", dtype=dtype, **layers, **CALM, **ours, train__micro_batch=2, **LAYOUTS[layout][1], **changes)
 
 
 def exactly(f, settings: dict, *args):
