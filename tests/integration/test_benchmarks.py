@@ -12,7 +12,7 @@ from titans_pretrain.config import ModelConfig
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("variant", ["mac", "transformer"])
+@pytest.mark.parametrize("variant", [pytest.param("mac", marks=pytest.mark.slow), "transformer"])
 def test_a_step_is_split_into_its_parts(variant):
     tokens = 512
     point = train_step_cpu.measure(variant, tokens)

@@ -143,6 +143,7 @@ def test_an_export_generates_what_the_model_would(loaded, variant):
     assert got["batch"][1, -NEW - 1] == ByteTokenizer().encode(TEXT[:20])[-1]
 
 
+@pytest.mark.slow
 def test_the_quickstart_notices_an_export_that_forgets(tmp_path):
     make_run(tmp_path / "run", "mag")
     out = export_checkpoint(tmp_path / "run", tmp_path / "out")

@@ -25,6 +25,7 @@ def mib(parts: dict[str, float]) -> str:
     return f"{sum(parts.values()) / 2**20:,.0f}"
 
 
+@pytest.mark.slow
 def test_the_settings_that_need_less_are_named_with_the_numbers_of_plan(data, tmp_path, monkeypatch, capsys):
     """Every number again, from the settings as they are printed."""
 

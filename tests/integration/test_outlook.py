@@ -39,6 +39,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
     assert "each of 2 processes needs about" in memory_warning(config, CPU, 2)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_processes_are_counted_without_a_group_here(monkeypatch):
     config = load_config(TINY, ["parallel.tp=2"])
     layout = build_layout(config, 2)

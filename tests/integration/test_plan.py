@@ -235,6 +235,7 @@ def test_the_optimizers_state_is_that_of_a_step():
     assert build_layout(config).memory(0)["optimizer"] == held
 
 
+@pytest.mark.slow
 def test_less_is_kept_for_the_backward_pass_with_recomputation_and_more_in_a_pipeline():
     def kept(*options, rank=0):
         wide = ["data.seq_len=512", "train.micro_batch=1", "train.global_batch=8", "model.layers=8", "model.dim=32"]

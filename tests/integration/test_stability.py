@@ -35,8 +35,9 @@ def assert_finite(model, dtype, random_tokens):
     [{}, dict(depth=1, residual_norm=False, step="telescoped", max_lr=0.5)],
     ids=["default", "linear-telescoped"],
 )
-def test_before_training(memory, dtype):
-    assert_finite(default_size(**memory), dtype, 65536)
+@pytest.mark.parametrize("tokens", [8192, pytest.param(65536, marks=pytest.mark.slow)])
+def test_before_training(memory, dtype, tokens):
+    assert_finite(default_size(**memory), dtype, tokens)
 
 
 @pytest.mark.parametrize("options", [{}, LINEAR], ids=["default", "linear-telescoped"])

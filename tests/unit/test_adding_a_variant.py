@@ -91,7 +91,7 @@ def test_commands_and_cards_know_it(mix, tmp_path, capsys):
     path = tmp_path / "mix.yaml"
     path.write_text("model: {variant: mix, dim: 64, layers: 4, heads: 2, vocab_size: 500, memory: {heads: 2}}\n")
     assert load_config(path).model.document_multiple == 16
-    options = ["parallel.pp=2", "parallel.cp=2", "train.global_batch=16"]
+    options = ["parallel.pp=2", "parallel.cp=2", "train.global_batch=16", "data.seq_len=128"]
     assert cli.main(["plan", str(path), "--processes", "4", *options]) == 0
     assert "layers 0-1, 2-3" in capsys.readouterr().out
     card = model_card(load_config(path).model, "float32", 1000, "")

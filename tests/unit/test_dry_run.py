@@ -43,14 +43,14 @@ def run(config: ModelConfig, split: bool) -> tuple[int, int, int]:
         model = build_model(config)
     block = model.layers[0]
     parameters = {n: torch.ones(p.shape, requires_grad=True) for n, p in block.named_parameters()}
-    x = torch.ones(2, 96, config.dim, requires_grad=True)
-    positions = torch.arange(96).expand(2, -1)
+    x = torch.ones(2, 60, config.dim, requires_grad=True)
+    positions = torch.arange(60).expand(2, -1)
     by = model.rotations(positions, x.dtype)
     state = None
     with LiveBytes() as live:
         if split:
-            _, state = functional_call(block, parameters, (x[:, :45], None, by_of(by, slice(45)), None))
-            x, positions, by = x[:, 45:], None, by_of(by, slice(45, None))
+            _, state = functional_call(block, parameters, (x[:, :27], None, by_of(by, slice(27)), None))
+            x, positions, by = x[:, 27:], None, by_of(by, slice(27, None))
         y, state = functional_call(block, parameters, (x, state, by, positions))
         kept, peak = live.now, live.peak
         live.peak = 0

@@ -18,6 +18,8 @@ from titans_pretrain.parallel.segments import state_template
 from titans_pretrain.parallel.stage import stage_parts
 from titans_pretrain.training.optimizer import is_muons
 
+_known_steps: dict[str, Steps] = {}
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -102,8 +104,14 @@ class Layout:
 
     @cached_property
     def _steps(self) -> Steps:
-        with one_rank(self.config) as model:
-            return count_steps(self.config, model)
+        """Counted once in a process for all layouts that differ in what no step depends on."""
+        c = self.config
+        steps_of = c.model, c.data.seq_len, c.train.micro_batch, c.train.precision, needs_segments(c)
+        key = repr((*steps_of, replace(c.parallel, zero_stage=min(1, c.parallel.zero_stage), inflight=1)))
+        if key not in _known_steps:
+            with one_rank(c) as model:
+                _known_steps[key] = count_steps(c, model)
+        return _known_steps[key]
 
     @property
     def fullest(self) -> int:

@@ -45,6 +45,7 @@ def compiled(folder: Path, *arguments: str) -> list[dict]:
     return json.loads(file.read_text())["points"]
 
 
+@pytest.mark.slow
 def test_other_shapes_and_dtypes_compile(tmp_path):
     points = compiled(tmp_path, "--others", "--only", *OTHERS)
     assert {p["arch"] for p in points} == {80, 90} and len(points) == 10

@@ -130,7 +130,10 @@ def test_the_model_waits_for_no_device_and_makes_nothing_elsewhere(variant):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("recompute", ["none", "block", "segment"])
+@pytest.mark.parametrize(
+    "recompute",
+    [pytest.param("none", marks=pytest.mark.slow), pytest.param("block", marks=pytest.mark.slow), "segment"],
+)
 def test_segments_wait_for_no_device(recompute, monkeypatch):
     config = config_of("mag")
     with torch.device("meta"):
