@@ -22,7 +22,7 @@ def settings(kills: int) -> dict:
         "train.eval_every": 5,
         "parallel.cp": 2,
         "parallel.zero_stage": 1,
-        "parallel.lost_after_seconds": 3,
+        "parallel.lost_after_seconds": 5,
     }
 
 

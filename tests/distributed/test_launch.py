@@ -213,6 +213,7 @@ BLOCKED = (
 )
 
 
+@pytest.mark.slow
 def test_one_process_needs_neither_megatron_nor_deepspeed(data, tmp_path):
     settings = {"train.recompute": "segment", "parallel.segments_per_rank": 4}
     command = arguments(data, tmp_path / "run", **settings)

@@ -96,7 +96,12 @@ def settings_of(data: Path, run_dir: Path, dtype: torch.dtype, **parallel) -> di
 
 @pytest.mark.parametrize(
     "parallel",
-    [{}, {"cp": 2, "segments_per_rank": 2}, {"zero_stage": 1}, {"zero_stage": 1, "cp": 2}],
+    [
+        {},
+        {"cp": 2, "segments_per_rank": 2},
+        {"zero_stage": 1},
+        pytest.param({"zero_stage": 1, "cp": 2}, marks=pytest.mark.slow),
+    ],
     ids=["dp2", "cp2", "dp2-zero1", "cp2-zero1"],
 )
 def test_two_processes_log_what_one_does(ranks, data, alone, tmp_path, parallel):

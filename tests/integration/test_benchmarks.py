@@ -33,6 +33,7 @@ def test_a_step_is_split_into_its_parts(variant):
 
 
 @pytest.mark.parametrize("side", [memory_scan_cpu.OURS, memory_scan_cpu.PEER])
+@pytest.mark.slow
 def test_both_sides_of_the_scan_run_at_the_same_shape(side):
     if side == memory_scan_cpu.PEER:
         pytest.importorskip("titans_pytorch")

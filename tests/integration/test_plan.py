@@ -104,6 +104,7 @@ def test_plan_counts_flops_as_the_model_has_them(variant, recompute):
     assert training.get_total_flops() / 256 == pytest.approx(expected - passes * scores, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_layout_is_shown_with_its_stages_segments_and_traffic(capsys):
     """340M MAG: layers of 16 memories of 64 x 256 x 2 weights, three convolution tails of 3 tokens, a window of 2048, bf16."""
     layout = ["parallel.cp=4", "parallel.pp=2", "parallel.segments_per_rank=2", "parallel.zero_stage=1"]

@@ -68,7 +68,9 @@ def worst_ratio(variant, dtype="float32", only=None, **memory):
 REPETITIVE = ["equal", "period 2"]
 
 
-@pytest.mark.parametrize("variant", MEMORIES)
+@pytest.mark.parametrize(
+    "variant", [x if x in ("lmm", "mag") else pytest.param(x, marks=pytest.mark.slow) for x in MEMORIES]
+)
 def test_gradient_of_repetitive_rows(variant):
     assert worst_ratio(variant, only=REPETITIVE) < LIMIT
 

@@ -67,7 +67,7 @@ def by_of(by: dict, columns: slice) -> dict:
     [
         ("mag", False, {"chunk_size": 6, "checkpoint_every": 3}),
         ("mal", True, {}),
-        ("mac", False, {"forget_to": "initial", "depth": 3}),
+        pytest.param("mac", False, {"forget_to": "initial", "depth": 3}, marks=pytest.mark.slow),
     ],
 )
 def test_without_data_as_many_bytes_are_alive(variant, split, changes):

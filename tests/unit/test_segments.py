@@ -57,7 +57,7 @@ def run(model, segments, recompute, truncate=None):
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("recompute", ["none", "block", "segment"])
+@pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.slow), "block", "segment"])
 @pytest.mark.parametrize("variant", [*VARIANTS, *HYBRIDS])
 def test_segments_give_the_gradients_of_the_whole(variant, recompute):
     model = make(variant)

@@ -31,7 +31,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("depth, sizes, chunk, tokens, norm, forget_to, gates, resets, dtype, every", CASES)
+@pytest.mark.parametrize(
+    "depth, sizes, chunk, tokens, norm, forget_to, gates, resets, dtype, every",
+    [case if i % 2 else pytest.param(*case, marks=pytest.mark.slow) for i, case in enumerate(CASES)],
+)
 def test_equals_reference(depth, sizes, chunk, tokens, norm, forget_to, gates, resets, dtype, every):
     batch, heads = (2, 1) if resets else (1, 2)
     dim, hidden = sizes
@@ -49,7 +52,9 @@ def test_equals_reference(depth, sizes, chunk, tokens, norm, forget_to, gates, r
 @pytest.mark.parametrize(
     "depth, chunk, cuts, tokens, forget_to, dtype",
     [
-        (2, 32, (5, 9, 40), 45, "initial", SINGLE),  # within a tile; over a chunk's end
+        pytest.param(
+            2, 32, (5, 9, 40), 45, "initial", SINGLE, marks=pytest.mark.slow
+        ),  # within a tile; over a chunk's end
         (2, 128, (70, 80), 90, "zero", BRAIN),  # within a chunk's second tile
         (1, 128, (64, 128), 140, "initial", SINGLE),  # at a tile's start, at a chunk's
         (2, 16, (16, 17), 20, "zero", SINGLE),

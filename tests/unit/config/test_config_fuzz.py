@@ -33,7 +33,7 @@ LEAVES = st.one_of(st.none(), TEXT, NUMBERS, st.dates(), st.binary(max_size=2))
 VALUES = st.recursive(
     LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXT | st.integers(0, 3), v, max_size=3), max_leaves=5
 )
-quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
 
 def nested(pairs) -> dict:

@@ -65,6 +65,7 @@ def test_what_the_library_saves_is_read(exported, tmp_path):
     assert not (tmp_path / "run/tokenizer").exists()  # none was saved
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_export(exported, tmp_path):
     model, folder = exported
     config = Config(model=CONFIG, train=TrainConfig(init_from=str(folder)), run=RunConfig(dir=str(tmp_path / "run")))

@@ -87,7 +87,9 @@ def test_with_the_cpu_compiler():
     check("lmm", "model.layers=1")
 
 
-@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal", "transformer"])
+@pytest.mark.parametrize(
+    "variant", ["mac", "mag", *(pytest.param(x, marks=pytest.mark.slow) for x in ("lmm", "mal", "transformer"))]
+)
 def test_a_block_is_one_graph_around_a_kernel_that_can_be_traced(variant, monkeypatch):
     """As on a GPU, where the scan is an operator of its own: here something that is none stands in for it."""
 

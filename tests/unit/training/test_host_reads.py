@@ -119,7 +119,9 @@ def test_a_read_is_counted():
     assert counted.names == ["_local_scalar_dense"] * 2 + ["tolist", "nonzero"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [x if x in ("mac", "mag") else pytest.param(x, marks=pytest.mark.slow) for x in VARIANTS]
+)
 def test_the_model_waits_for_no_device_and_makes_nothing_elsewhere(variant):
     config = config_of(variant)
     with torch.device("meta"):

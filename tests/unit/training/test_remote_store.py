@@ -235,7 +235,7 @@ def mirrored(make_trainer, run_dir, url: str, **train):
     return trainer, mirror
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_goes_on_from_the_store_on_another_disk(make_trainer, url, tmp_path, background):
     settings = {
         "steps": 5,
