@@ -78,8 +78,11 @@ def refuses_read(*, q: Tensor, state: MemoryState, hidden_split: HiddenSplit, **
     if state.weights[0].dtype != torch.float32:
         return f"state: it is {state.weights[0].dtype}, and the kernels have float32 states"
     hidden = state.weights[-1].shape[-2]
-    if row_of(state.depth, q.shape[-1], hidden) is None:
+    row = row_of(state.depth, q.shape[-1], hidden)
+    if row is None:
         return f"state: depth {state.depth}, head size {q.shape[-1]}, hidden size {hidden}; it has {shapes()}"
+    if q.device.type == "cuda" and row.shared > (most := _shared_memory(q.device)):
+        return f"state: depth {state.depth}, head size {q.shape[-1]} takes {row.shared} KiB of shared memory, and {q.device} has {most}"
     return None
 
 
@@ -125,6 +128,12 @@ def _loaded() -> bool:
     for module in ("operators", "step"):
         import_module(f"{__package__}.{module}")
     return True
+
+
+@torch.compiler.assume_constant_result
+def _shared_memory(device: torch.device) -> int:
+    """KiB that a block can have: 227 of a Hopper GPU, 99 of compute capability 8.6 and 8.9."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
 
 
 @torch.compiler.assume_constant_result

@@ -16,8 +16,9 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Row:
-    """How the kernels of one shape are launched."""
+    """How the kernels of one shape are launched. shared: KiB of a block's shared memory that one of them takes at most."""
 
+    shared: int
     tables: Kernel
     state: Kernel
     read: Kernel
@@ -27,21 +28,21 @@ class Row:
     step: Kernel
 
 
-def _row(state: Kernel, read: Kernel, read_back: Kernel, state_back: Kernel, step: Kernel) -> Row:
-    return Row(Kernel(0, 8, 1), state, read, read_back, state_back, Kernel(0, 8, 1), step)
+def _row(shared: int, state: Kernel, read: Kernel, read_back: Kernel, state_back: Kernel, step: Kernel) -> Row:
+    return Row(shared, Kernel(0, 8, 1), state, read, read_back, state_back, Kernel(0, 8, 1), step)
 
 
 # (depth, head size D) -> row. The small heads are those of tests. What each uses: benchmarks/results/kernel_resources.md.
-_TINY = _row(*(Kernel(16, 4, 1),) * 5)
+_TINY = _row(48, *(Kernel(16, 4, 1),) * 5)
 ROWS: dict[tuple[int, int], Row] = {
     (1, 16): _TINY,
     (1, 32): _TINY,
-    (1, 64): _row(Kernel(64, 8, 1), Kernel(64, 4, 1), Kernel(64, 4, 1), Kernel(64, 8, 1), Kernel(64, 4, 1)),
-    (1, 128): _row(Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(32, 4, 1)),
+    (1, 64): _row(48, Kernel(64, 8, 1), Kernel(64, 4, 1), Kernel(64, 4, 1), Kernel(64, 8, 1), Kernel(64, 4, 1)),
+    (1, 128): _row(88, Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(64, 8, 1), Kernel(32, 4, 1)),
     (2, 16): _TINY,
     (2, 32): _TINY,
-    (2, 64): _row(Kernel(64, 8, 1), Kernel(32, 4, 1), Kernel(32, 4, 1), Kernel(64, 4, 1), Kernel(64, 8, 1)),
-    (2, 128): _row(Kernel(32, 8, 1), Kernel(32, 4, 1), Kernel(32, 4, 1), Kernel(32, 8, 1), Kernel(32, 8, 1)),
+    (2, 64): _row(80, Kernel(64, 8, 1), Kernel(32, 4, 1), Kernel(32, 4, 1), Kernel(64, 4, 1), Kernel(64, 8, 1)),
+    (2, 128): _row(120, Kernel(32, 8, 1), Kernel(32, 4, 1), Kernel(32, 4, 1), Kernel(32, 8, 1), Kernel(32, 8, 1)),
 }
 
 

@@ -1,6 +1,7 @@
 """What the backend refuses, and that "auto" leaves the interpreter alone."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +39,25 @@ def test_a_split_memory_is_refused():
     split = HiddenSplit(2, torch.clone, torch.clone)
     with pytest.raises(ValueError, match="hidden_split: it holds a whole memory"):
         memory_scan(*arguments(x), states(x, 2)[0], chunk_size=16, backend="triton", hidden_split=split)
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "told"),
+    [
+        ((7, 5), 64, r"q: .* capability 8.0 to 9.0, and cuda:0 has \(7, 5\)"),
+        ((8, 0), 163, None),
+        ((8, 9), 99, "state: depth 2, head size 128 takes 120 KiB of shared memory, and cuda:0 has 99"),
+        ((9, 0), 227, None),
+        ((10, 0), 227, r"q: .* capability 8.0 to 9.0, and cuda:0 has \(10, 0\)"),
+    ],
+)
+def test_a_gpu_that_a_program_does_not_fit_is_refused(monkeypatch, capability, shared, told):
+    monkeypatch.setattr(entry, "_capability", lambda device: capability)
+    monkeypatch.setattr(entry, "_shared_memory", lambda device: shared)
+    state, _ = states(inputs(1, 2, dim=128, hidden=128, heads=1, batch=1), 2)
+    q = SimpleNamespace(device=torch.device("cuda", 0), shape=torch.Size([1, 1, 1, 128]))
+    found = entry.refuses_read(q=q, state=state, hidden_split=HiddenSplit(1, torch.clone, torch.clone))
+    assert found is None if told is None else re.fullmatch(told, found)
 
 
 def test_without_triton_it_says_what_to_install(monkeypatch):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from titans_pretrain.kernels.memory_scan.triton.launch import ROWS
+
 ROOT = Path(__file__).parents[3]
 COMMITTED = ROOT / "benchmarks" / "results" / "kernel_resources.md"
 CHOSEN = ["1-64-1-64:tables", "1-64-1-64:walk", "1-64-1-64:state_back", "2-64-4-64:read", "2-64-4-64:hidden"]
@@ -68,15 +70,27 @@ def test_no_program_is_of_one_length():
 
 def spills() -> dict[tuple[str, str, int], int]:
     """kernel, row, architecture -> bytes, of the committed table."""
+    return {(r["kernel"], r["row"], int(r["sm"])): int(r["spilled B"]) for r in table(COMMITTED)}
+
+
+def table(file: Path) -> list[dict[str, str]]:
+    """The rows of a file of results, by column."""
     lines = [
         [c.strip() for c in line.strip("|").split("|")]
-        for line in COMMITTED.read_text().splitlines()
+        for line in file.read_text().splitlines()
         if line.startswith("|")
     ]
-    header, rows = lines[0], [line for line in lines if re.fullmatch(r"\d-.*", line[1])]
-    names = ("kernel", "row", "sm", "spilled B")
-    kernel, row, arch, spilled = (header.index(name) for name in names)
-    return {(r[kernel], r[row], int(r[arch])): int(r[spilled]) for r in rows}
+    return [dict(zip(lines[0], line, strict=True)) for line in lines if re.fullmatch(r"\d-.*", line[1])]
+
+
+def test_a_row_knows_the_shared_memory_that_its_programs_take():
+    """Of all versions, dtypes and architectures that were compiled."""
+    most: dict[tuple[int, int], float] = {}
+    for file in COMMITTED.parent.glob("kernel_resources*.md"):
+        for r in table(file):
+            depth, dim, *_ = map(int, r["row"].split("-")[:2])
+            most[depth, dim] = max(most.get((depth, dim), 0), float(r["shared KiB"]))
+    assert most == {shape: row.shared for shape, row in ROWS.items() if shape[1] >= 64}
 
 
 def test_finds_what_is_miscompiled():
