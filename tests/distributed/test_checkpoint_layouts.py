@@ -83,7 +83,7 @@ def difference(ours: dict, theirs: dict, kind: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(n, marks=[] if n in QUICK - {"zero3"} else [pytest.mark.slow]) for n in LAYOUTS]
+    "layout", [pytest.param(n, marks=[] if n in {"one", "zero1"} else [pytest.mark.slow]) for n in LAYOUTS]
 )
 def test_a_layout_goes_on_from_every_other(ranks, run, expected, tmp_path, layout, request):
     slow = "slow" in {mark.name for mark in request.node.own_markers}

@@ -23,7 +23,7 @@ LAYOUTS = {
     "dp2-zero3": (2, {"parallel__zero_stage": 3}),
     "tp2-pp2": (4, {"parallel__tp": 2, "parallel__pp": 2}),
 }
-QUICK = {"tp2", "pp2-interleaved", "dp2-zero3"}
+QUICK = {"pp2-interleaved", "dp2-zero3"}
 
 
 def values_of(layout: str, **changes) -> dict:

@@ -179,6 +179,7 @@ Reader.__next__ = __next__
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named_with_its_call(data, tmp_path):
     settings = {"train.steps": 100000, "train.global_batch": 2, "train.eval_every": 0, "parallel.hang_minutes": 0.1}
     run_dir = tmp_path / "run"

@@ -75,7 +75,7 @@ LAYOUTS = {
     "zero3-offload": {"zero_stage": 3, "offload_optimizer": True},
     "cp2-zero2-inflight": {"cp": 2, "zero_stage": 2, "inflight": 2},
 }
-QUICK = ("dp2", "pp2")
+QUICK = ("dp2",)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,11 @@ def test_gradient_of_repetitive_rows(variant):
     assert worst_ratio(variant, only=REPETITIVE) < LIMIT
 
 
-@pytest.mark.parametrize("memory", [dict(depth=1), dict(depth=3), dict(chunk_size=64)], ids=str)
+@pytest.mark.parametrize(
+    "memory",
+    [dict(depth=1), *(pytest.param(x, marks=pytest.mark.slow) for x in (dict(depth=3), dict(chunk_size=64)))],
+    ids=str,
+)
 def test_gradient_of_other_memories(memory):
     assert worst_ratio("lmm", only=REPETITIVE, **memory) < LIMIT
 

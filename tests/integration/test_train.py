@@ -67,6 +67,7 @@ def without_clocks(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in clocks} for line in read_metrics(run_dir / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_runs_end_with_the_same_bits(data, tmp_path):
     """20 steps = 10 steps, kill -9 after step 12 + steps up to a SIGTERM after step 14 + the rest."""
     settings = ["train.steps=20", "train.checkpoint_every=10", "train.eval_every=5"]
@@ -306,6 +307,7 @@ def test_a_decay_branch_is_the_run_that_would_have_ended_there(train, tmp_path, 
     assert {line["lr"] for line in read_metrics(main / "metrics.jsonl") if line["step"] > 2 and "lr" in line} == {3e-3}
 
 
+@pytest.mark.slow
 def test_warm_ups_are_resumed_with_the_same_bits_and_targets(train, tmp_path):
     """From a checkpoint before each change of the batch and of the row length; and what is trained on is what it is without cuts."""
     warm = [

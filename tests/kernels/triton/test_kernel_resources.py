@@ -61,6 +61,7 @@ def test_all_that_a_user_may_run_compiles(tmp_path):
     assert not [p for p in points if "failed" in p or (p["arch"] == 90 and p["miscompiled"])]
 
 
+@pytest.mark.slow
 def test_no_program_is_of_one_length():
     """What differs from call to call is no constant of a program. A call that ends in a chunk has another program of state_back."""
     lines = python(str(Path(__file__).with_name("programs.py"))).splitlines()
