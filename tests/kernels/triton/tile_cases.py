@@ -48,7 +48,7 @@ class Case:
         kernel = Kernel(block, 4, 1)
         self.call = Call(
             batch, tokens, heads, dim, hidden, depth, gates, chunk, tile, offset, norm, damping * hidden if norm else 0.0, to_initial,
-            resets, dtype, Row(*(kernel,) * 7), 1 << 20,
+            resets, dtype, Row(48, *(kernel,) * 7), 1 << 20,
         )  # fmt: skip
         shape = (batch, tokens, heads)
         self.q, self.v = self.randn(*shape, dim), self.randn(*shape, dim)
