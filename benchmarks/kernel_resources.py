@@ -16,13 +16,8 @@ from dataclasses import asdict, dataclass
 
 from benchmarks.common import Bar, argument_parser, finish, markdown_table
 
-SHARED = {
-    80: 163 * 1024,
-    86: 99 * 1024,
-    89: 99 * 1024,
-    90: 227 * 1024,
-    100: 227 * 1024,
-}  # bytes that a program can have, by architecture
+# Bytes of shared memory that a program can have, by architecture.
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,11 @@ def recall_config(**options) -> ModelConfig:
     memory = {k.removeprefix("memory."): v for k, v in options.items() if k.startswith("memory.")}
     model = {k: v for k, v in options.items() if not k.startswith("memory.")}
     memory = MemoryConfig(**(dict(heads=2, expansion=2) | memory))
-    mac = MacConfig(segment=max(WINDOW, memory.chunk_size))  # its window; the default would hold a whole row
     base = dict(
-        variant="lmm", dim=64, layers=2, heads=2, vocab_size=VOCAB, window=WINDOW, persistent_tokens=4, ffn_dim=128
-    )
-    return ModelConfig(**(base | model), memory=memory, mac=mac)
+        variant="lmm", dim=64, layers=2, heads=2, vocab_size=VOCAB, window=WINDOW, persistent_tokens=4, ffn_dim=128,
+        mac=MacConfig(segment=max(WINDOW, memory.chunk_size)),  # its window; the default would hold a whole row
+    )  # fmt: skip
+    return ModelConfig(**(base | model), memory=memory)
 
 
 def recall_batch(rows: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

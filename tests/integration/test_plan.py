@@ -1,5 +1,6 @@
 """What `titans-pretrain plan` says, against the model as it is; against running processes: tests/distributed/test_plan_of_layouts.py."""
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import yaml
 
 from benchmarks.common import flop_counter
 from titans_pretrain import cli
+from titans_pretrain.commands import layout as layouts
 from titans_pretrain.commands.layout import build_layout, needed_memory, ring_efficiency, state_bytes
 from titans_pretrain.commands.plan import flops_per_token, parameters_by_part, plan, run_flops
 from titans_pretrain.config import load_config
@@ -234,6 +236,29 @@ def test_the_optimizers_state_is_that_of_a_step():
     optimizer.step()
     held = sum(t.nbytes for state in optimizer.state.values() for name, t in state.items() if name != "step")
     assert build_layout(config).memory(0)["optimizer"] == held
+
+
+def test_steps_are_counted_again_where_they_differ_and_else_once(monkeypatch):
+    counted = []
+    monkeypatch.setattr(layouts, "count_steps", lambda config, model: counted.append(config))
+    monkeypatch.setattr(layouts, "one_rank", lambda config: contextlib.nullcontext())
+    monkeypatch.setattr(layouts, "_known_steps", {})
+
+    def count(*options: str) -> int:
+        assert build_layout(load_config(TINY, options))._steps is None
+        return len(counted)
+
+    bf16 = "train.precision=bf16"
+    segment = "train.recompute=segment"
+    others = [
+        [], ["train.micro_batch=1"], ["data.seq_len=256"], ["model.layers=3"], ["parallel.cp=2"], [segment],
+        [segment, "parallel.segments_per_rank=2"], [bf16], [bf16, "parallel.zero_stage=1"], ["parallel.tp=2"],
+        ["parallel.tp=2", "parallel.memory_split=hidden"], ["parallel.tp=2", "parallel.sequence_parallel=true"],
+    ]  # fmt: skip
+    for number, options in enumerate(others, 1):
+        for same in ([], ["train.lr=1"], ["train.global_batch=64"], ["parallel.inflight=1"]):
+            assert count(*options, *same) == number, options
+    assert count("train.recompute=block") == count(bf16, "parallel.zero_stage=2") == len(others)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
@@ -37,6 +38,16 @@ def agreeing_over(group) -> Iterator[None]:
 
 def agreed_group():
     return _group.get()
+
+
+_stores: Counter[str] = Counter()  # made in this process, by name
+
+
+def new_store(name: str) -> dist.Store:
+    """A part of the default group's store into which nobody has written, so that a run sees no sign of an earlier one in the same
+    processes. All of them ask for one of this name equally often."""
+    _stores[name] += 1
+    return dist.PrefixStore(f"{name} {_stores[name]}", dist.distributed_c10d._get_default_store().clone())
 
 
 def world() -> int:

@@ -13,6 +13,7 @@ from multiprocessing import get_context
 import torch
 import torch.distributed as dist
 
+from titans_pretrain.checkpoint.together import new_store
 from titans_pretrain.commands.outlook import needed_memory
 from titans_pretrain.commands.table import format_table
 from titans_pretrain.config import Config
@@ -29,8 +30,10 @@ class OutOfMemory(ValueError):
 
 @contextlib.contextmanager
 def explained(config: Config, processes: int) -> Iterator[None]:
-    """Around a training: raises OutOfMemory where it runs out of memory, once what would help is printed; with several processes one
-    of those that ran out prints it."""
+    """Around a training, on all its processes: raises OutOfMemory where it runs out of memory, once what would help is printed; with
+    several processes one of those that ran out prints it."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    store = new_store("out of memory") if several else None
     try:
         yield
     except Exception as error:
@@ -39,7 +42,7 @@ def explained(config: Config, processes: int) -> Iterator[None]:
         for each in _chain(error):
             traceback.clear_frames(each.__traceback__)  # the model and all else that they hold
         gc.collect()
-        with _one_of_all() as first:
+        with _one_of_all(store) as first:
             if first:
                 print(f"out of memory: {told}\n{_advice(config, processes)}", file=sys.stderr, flush=True)
         raise OutOfMemory(
@@ -152,12 +155,12 @@ def _difference(now: dict[str, float], then: dict[str, float]) -> str:
 
 
 @contextlib.contextmanager
-def _one_of_all() -> Iterator[bool]:
-    """Whether this process is the first that comes here. The others wait until it is through: when one ends, all do."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def _one_of_all(store: dist.Store | None) -> Iterator[bool]:
+    """Whether this process is the first that comes here. The others wait until it is through: when one ends, all do. None: there are
+    no others."""
+    if store is None:
         yield True
         return
-    store = dist.PrefixStore("out of memory", dist.distributed_c10d._get_default_store().clone())
     first = store.add("came", 1) == 1
     try:
         if not first:

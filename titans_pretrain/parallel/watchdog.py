@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from titans_pretrain.checkpoint.together import new_store
 from titans_pretrain.training.hooks import Hook
 
 HANG_EXIT_CODE = 86
@@ -24,7 +25,7 @@ _ANSWERS = 10.0  # seconds in which the processes of a run that hangs say where 
 
 
 class Watchdog(Hook):
-    """Inside `with`; needs the default process group.
+    """Inside `with`, which all processes enter; needs the default process group.
 
     A killed process says nothing, and those that wait for it would wait until the timeout of their collective. So each leaves a sign
     of life in the group's store every second, and watches its neighbour's: one that is lost for `lost_after` seconds ends all, with
@@ -33,8 +34,6 @@ class Watchdog(Hook):
     A process that hangs has a thread that still beats. Where no step, validation or checkpoint ended for `hang_after` seconds (None:
     never looked at), every process prints its stack, and all end with HANG_EXIT_CODE and one line that says which is behind, and in
     what call."""
-
-    _entered = 0  # in this process: the next run in one group sees no sign of the last one
 
     def __init__(self, lost_after: float, hang_after: float | None = None):
         self._lost_after, self._hang_after = lost_after, hang_after
@@ -47,11 +46,7 @@ class Watchdog(Hook):
 
     def __enter__(self) -> "Watchdog":
         if dist.is_initialized() and (dist.get_world_size() > 1 or self._hang_after):
-            Watchdog._entered += 1
-            store = dist.PrefixStore(
-                f"watchdog {Watchdog._entered}", dist.distributed_c10d._get_default_store().clone()
-            )
-            self._thread = threading.Thread(target=self._watch, args=(store,), daemon=True)
+            self._thread = threading.Thread(target=self._watch, args=(new_store("watchdog"),), daemon=True)
             self._thread.start()
         return self
 

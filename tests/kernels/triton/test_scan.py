@@ -52,9 +52,8 @@ def test_equals_reference(depth, sizes, chunk, tokens, norm, forget_to, gates, r
 @pytest.mark.parametrize(
     "depth, chunk, cuts, tokens, forget_to, dtype",
     [
-        pytest.param(
-            2, 32, (5, 9, 40), 45, "initial", SINGLE, marks=pytest.mark.slow
-        ),  # within a tile; over a chunk's end
+        # within a tile; over a chunk's end
+        pytest.param(2, 32, (5, 9, 40), 45, "initial", SINGLE, marks=pytest.mark.slow),
         (2, 128, (70, 80), 90, "zero", BRAIN),  # within a chunk's second tile
         (1, 128, (64, 128), 140, "initial", SINGLE),  # at a tile's start, at a chunk's
         (2, 16, (16, 17), 20, "zero", SINGLE),
