@@ -5,17 +5,16 @@ import signal
 import time
 
 import pytest
-from forked import ForkedProcesses
-from test_launch import STRAGGLERS, Processes, arguments, metrics
+from processes import CLOCKS, ForkedProcesses, arguments, metrics
 
 from titans_pretrain.checkpoint import latest_checkpoint, read_tensors, read_trainer
 
-CLOCKS = {"tokens_per_second", "mfu", "data_wait", "checkpoint_stall", "peak_memory_mib"} | STRAGGLERS
-STEPS_PER_KILL = 4
+STEPS_PER_KILL = 3
 
 
-def settings(kills: int) -> dict:
+def settings(world: int, kills: int) -> dict:
     return {
+        "train.global_batch": world // 2,  # a row for each copy of the model
         "train.steps": STEPS_PER_KILL * kills + 6,
         "train.checkpoint_every": 1,
         "train.checkpoint_async": True,
@@ -26,11 +25,11 @@ def settings(kills: int) -> dict:
     }
 
 
-def start(data, run_dir, world: int, kills: int) -> Processes:
-    return ForkedProcesses(run_dir.parent / "logs", world, [arguments(data, run_dir, **settings(kills))] * world)
+def start(data, run_dir, world: int, kills: int) -> ForkedProcesses:
+    return ForkedProcesses(run_dir.parent / "logs", world, [arguments(data, run_dir, **settings(world, kills))] * world)
 
 
-def wait_for(run_dir, step: int, processes: Processes) -> None:
+def wait_for(run_dir, step: int, processes: ForkedProcesses) -> None:
     """Until a step's line is there, whatever else is; not longer than the processes live."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:

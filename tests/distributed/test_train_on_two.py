@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from parity import CALM, FLOAT32, FLOAT64
-from test_launch import STRAGGLERS
+from processes import STRAGGLERS
 
 from titans_pretrain.commands import train as command
 from titans_pretrain.config import load_config

@@ -4,7 +4,7 @@ change and a resume in the middle of it."""
 import pytest
 import torch
 from parity import FLOAT32, FLOAT64
-from test_launch import STRAGGLERS
+from processes import STRAGGLERS
 from test_train_on_two import CUT, SETTINGS, run_train, settings_of
 
 from titans_pretrain.data_prep import cli as data_cli

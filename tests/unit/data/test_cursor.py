@@ -47,7 +47,7 @@ stages = st.lists(
 )  # world size, micro-batch, steps until the kill
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(mixtures, stages, st.integers(0, 3), st.booleans())
 def test_concatenated_streams_equal_the_uninterrupted_one(folders, mixture, stages, seed, split_long_documents):
     def config(micro_batch):

@@ -62,7 +62,7 @@ def schedules(draw) -> list:
     return [(tokens, draw(weights)) for tokens in [0, *sorted(starts)]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     schedules(), st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 5)), min_size=1, max_size=4)
 )
