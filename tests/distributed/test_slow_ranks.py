@@ -49,12 +49,13 @@ def run_train(settings: dict, slow: int) -> int:
 def test_the_slow_rank_is_named_and_the_others_wait_is_no_work(ranks, data, tmp_path, slow):
     settings = {
         "data.path": data, "run.dir": tmp_path, "data.seq_len": 64, "model.dim": 16, "model.window": 24, "train.steps": 3 * WINDOW,
-        "model.memory.chunk_size": 8, "train.micro_batch": 1, "train.global_batch": 4, "train.eval_every": 0, "train.log_every": WINDOW,
+        "model.memory.chunk_size": 8, "train.micro_batch": 1, "train.global_batch": 4, "train.log_every": WINDOW,
+        "train.eval_every": WINDOW, "train.eval_batches": 1,
     }  # fmt: skip
     assert ranks(2).run(run_train, settings, slow) == [0, 0]
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "slowest_rank" in line]
     assert [line["step"] for line in lines] == [2 * WINDOW, 3 * WINDOW]
-    for line in lines:  # two micro-batches a step
+    for line in lines:  # two micro-batches a step; nothing of the validation
         assert line["slowest_rank"] == slow and line["slowest_work"] == 2 * LONG
         assert line["slowest_over_median"] == pytest.approx(LONG / SHORT)
         assert line["comm_wait"] == (0.0 if slow == 0 else 2 * (LONG - SHORT))

@@ -182,7 +182,7 @@ class ParallelEngine:
                 total = self.pipeline.evaluate(inputs)
             else:
                 total = sum(self._call(x).sum() for x in inputs)
-        return float(self._sum(total if self._reports else 0.0))
+            return float(self._sum(total if self._reports else 0.0))
 
     def any(self, flag: bool) -> bool:
         return self._agree(int(flag)) > 0

@@ -8,6 +8,7 @@ from test_guard import harmed
 from test_trainer import assert_same, run, weights
 
 from titans_pretrain.checkpoint import read_tensors
+from titans_pretrain.training.ema import average_weights
 from titans_pretrain.training.loggers import read_metrics
 
 
@@ -24,6 +25,16 @@ def test_it_follows_every_update_from_the_initial_weights_on(make_trainer):
         expected = {n: 0.9 * expected[n] + 0.1 * w.double() for n, w in weights(trainer).items()}
     for name, average in averages(trainer).items():
         torch.testing.assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_an_optimizer_that_nothing_guards():
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    average_weights(optimizer, 0.75)
+    for expected in (0.75, 0.3125):  # of weights 0 and -1
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        assert optimizer.state[weight]["ema"].item() == expected
 
 
 def test_it_changes_nothing_else(make_trainer):

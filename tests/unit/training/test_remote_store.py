@@ -361,3 +361,17 @@ def test_a_run_that_went_back_takes_the_store_along(make_trainer, url, tmp_path,
     assert RemoteStore(url).complete() == names(1, 2, 3)
     found = fetch_checkpoint(url, tmp_path / "copy")
     assert content(found) == content(tmp_path / "checkpoints" / checkpoint_name(3))
+
+
+def test_what_another_run_left_under_the_same_steps_is_replaced(make_trainer, url, tmp_path):
+    store = RemoteStore(url)
+    for step in (1, 2):
+        other = make(tmp_path / "other", step, salt="another ")
+        store.upload(other)
+        store.point_latest(other.name)
+    trainer, mirror = mirrored(make_trainer, tmp_path / "run", url, steps=2, checkpoint_every=1)
+    run(trainer, tmp_path / "run")
+    assert mirror.missing is None and store.complete() == names(1, 2)
+    for name in names(1, 2):
+        found = fetch_checkpoint(f"{url}/checkpoints/{name}", tmp_path / "copy")
+        assert content(found) == content(tmp_path / "run/checkpoints" / name)

@@ -95,6 +95,19 @@ def test_who_is_far_behind_for_long_is_told_now_and_then(monkeypatch, clock, cap
     assert not caplog.records
 
 
+def test_another_rank_is_counted_from_the_start(monkeypatch, clock, caplog):
+    others = [1.6, 1.0]
+    step, _ = hook_with(monkeypatch, clock, others)
+    for n in range(1, 2 * MANY):
+        step(n)
+    others.reverse()
+    for n in range(2 * MANY, 4 * MANY - 2):
+        step(n)
+        assert not caplog.records, n
+    step(4 * MANY - 2)
+    assert "rank 2 has worked" in caplog.text
+
+
 def test_what_a_report_says():
     line = {"slowest_rank": 2, "slowest_over_median": 1.51}
     lines = [{"loss": 1.0}, *[line] * MANY, *[line | {"slowest_over_median": 1.5}] * 3]
