@@ -346,6 +346,8 @@ def test_a_decay_that_would_have_begun_before_its_branch_is_told(train, tmp_path
     assert train(*off, "train.steps=8", "train.decay_steps=4", "train.eval_every=0") == 0
     told = capsys.readouterr().out
     assert "falls from step 4 on, which is before this checkpoint" in told and "set train.steps=10" in told
+    assert train(*off, "train.steps=9", "train.decay_steps=4", "train.eval_every=0") == 0  # goes on with its own
+    assert "warning: the learning rate" not in capsys.readouterr().out
 
 
 def test_at_the_end_nothing_but_the_checkpoint_decides_the_exit_code(train, tmp_path, monkeypatch, capsys):
