@@ -240,6 +240,8 @@ def test_another_model_or_other_data_is_refused_on_resume(train, tmp_path, capsy
     capsys.readouterr()
     assert train("train.steps=4", "model.layers=3") == 2
     assert "was written by another model: model.layers is 2 there and 3 here" in error_of(capsys)
+    assert train("train.steps=4", "model.rope_theta=5e5") == 2  # which a second stage may change
+    assert "was written by another model: model.rope_theta is 10000.0 there and 500000.0 here" in error_of(capsys)
     assert train("train.steps=4", "train.seed=5") == 2
     assert "data cursor has seed=0, this run has seed=5" in error_of(capsys)
     assert train("train.steps=4", "train.resume=never") == 2

@@ -1,12 +1,14 @@
 """Checkpoints in an object store: a real server that speaks S3, or a folder. What a reader finds there, whatever happens to the writer."""
 
 import json
+import os
 import random
 import threading
 from collections.abc import Callable
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from test_trainer import assert_same, run, weights
 
 from titans_pretrain.checkpoint import DamagedCheckpoint, check_checkpoint, checkpoints, latest_checkpoint
@@ -211,6 +213,25 @@ def test_what_cannot_be_read_now_is_not_given_up_for_it(url, tmp_path, monkeypat
     assert store.complete() == names(1, 2, 3)
     store.prune(1, 0, 1)
     assert store.complete() == names(1, 3)
+
+
+def test_a_file_that_arrives_by_half_is_sent_again(tmp_path, monkeypatch):
+    store, path, put = RemoteStore(str(tmp_path / "store")), make(tmp_path, 1), LocalFileSystem.put_file
+    halves = [1]
+
+    def cut(system, source, target, **options):
+        put(system, source, target, **options)
+        if target.endswith("distcp") and halves[0]:
+            halves[0] -= 1
+            os.truncate(target, 10)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", cut)
+    store.upload(path)
+    store.point_latest(path.name)
+    assert content(fetch_checkpoint(store.url, tmp_path / "copy")) == content(path)
+    halves[0] = 2
+    with pytest.raises(storage.ShardError, match="10 of 1000 bytes arrived"):
+        store.upload(path)
 
 
 def test_a_bucket_that_is_not_there_is_no_empty_store(bucket, tmp_path):
