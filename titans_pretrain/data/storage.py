@@ -53,7 +53,7 @@ def with_retries(action, what: str, attempts: int | None = None, folder: str = "
             if attempt + 1 == attempts:
                 if error.errno in _OURS:
                     raise ValueError(f"{what}: {error.strerror}; {_OURS[error.errno].format(folder)}") from error
-                raise ShardError(f"{what}: unreadable after {attempts} attempts ({error})") from error
+                raise ShardError(f"{what}: failed {attempts} times ({error})") from error
             # jitter, or a thousand ranks come back to the same server at the same moment
             time.sleep(FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1.0))
 

@@ -158,7 +158,7 @@ def test_retries_pause_longer_and_longer(monkeypatch):
     def fail():
         raise OSError("down")
 
-    with pytest.raises(ShardError, match="thing: unreadable after 5 attempts"):
+    with pytest.raises(ShardError, match="thing: failed 5 times"):
         with_retries(fail, "thing")
     assert pauses == [0.001, 0.002, 0.004, 0.008]
 

@@ -230,7 +230,7 @@ def test_a_file_that_arrives_by_half_is_sent_again(tmp_path, monkeypatch):
     store.point_latest(path.name)
     assert content(fetch_checkpoint(store.url, tmp_path / "copy")) == content(path)
     halves[0] = 2
-    with pytest.raises(storage.ShardError, match="10 of 1000 bytes arrived"):
+    with pytest.raises(storage.ShardError, match="failed 2 times .10 of 1000 bytes arrived"):
         store.upload(path)
 
 
