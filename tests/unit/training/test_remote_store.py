@@ -396,3 +396,13 @@ def test_what_another_run_left_under_the_same_steps_is_replaced(make_trainer, ur
     for name in names(1, 2):
         found = fetch_checkpoint(f"{url}/checkpoints/{name}", tmp_path / "copy")
         assert content(found) == content(tmp_path / "run/checkpoints" / name)
+
+
+def test_what_is_removed_loses_its_sums_first(tmp_path, monkeypatch):
+    store, removed, remove = RemoteStore(str(tmp_path / "store")), [], LocalFileSystem.rm_file
+    for step in (1, 2):
+        store.upload(path := make(tmp_path, step))
+    store.point_latest(path.name)
+    monkeypatch.setattr(LocalFileSystem, "rm_file", lambda system, path: removed.append(path) or remove(system, path))
+    store.prune(1, 0, 0)
+    assert removed[0].endswith(f"{checkpoint_name(1)}/{SUMS}") and len(removed) == 4
