@@ -96,7 +96,7 @@ def test_short_failures_are_retried(remote):
 def test_lasting_failure_stops_with_the_name_or_skips(remote):
     url, _, cache = remote
     FlakyFileSystem.victim, FlakyFileSystem.failures = "train-000002.tar", 10**9
-    with pytest.raises(ShardError, match=r"train-000002\.tar.*5 attempts.*connection reset"):
+    with pytest.raises(ShardError, match=r"train-000002\.tar.*failed 5 times.*connection reset"):
         next(build_reader(make_config(url, cache_dir=str(cache))))
     reader = build_reader(make_config(url, cache_dir=str(cache), on_bad_shard="skip"))
     next(reader)
