@@ -525,7 +525,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_stays(train, tmp_path, capsy
     message = error_of(capsys)
     assert "step 4: cannot write" in message
     assert "File too large" in message
-    assert "make room there and give the same command again" in message
+    assert "see to room, permission and mount there, then give the same command again" in message
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-00000002"]
     assert files_of(tmp_path / "run/checkpoints/step-00000002") == before
     assert train("train.steps=4") == 0

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titans_pretrain.checkpoint.state import take_snapshot, write_snapshot
+from titans_pretrain.checkpoint.state import prepare, take_snapshot, write_snapshot
 from titans_pretrain.checkpoint.together import agreeing_over, world
 from titans_pretrain.config import Config
 from titans_pretrain.data.background import Background, at_once
@@ -25,12 +25,20 @@ class Saver:
         # The thread agrees with those of the other processes while the main threads agree on other things.
         self._group = dist.new_group(backend="gloo") if background and world() > 1 else None
         self._pending: Future[Path] | None = None
+        self._run_dir: Path | None = None
+
+    def start(self, run_dir: Path) -> None:
+        """Makes what has to be there from now on."""
+        prepare(run_dir)
+        self._run_dir = run_dir
 
     def save(
         self, run_dir: Path, config: Config, model: nn.Module, optimizer, trainer: dict, tensor_group=None
     ) -> None:
         """See state.take_snapshot and write_snapshot. The one before must have been waited for."""
         assert self._pending is None, "one checkpoint at a time"
+        if run_dir != self._run_dir:
+            self.start(run_dir)
         snapshot = take_snapshot(config, model, optimizer, trainer, tensor_group, self.staging)
         self._pending = self._submit(self._write, run_dir, snapshot)
 

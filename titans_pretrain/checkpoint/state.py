@@ -36,6 +36,7 @@ from titans_pretrain.checkpoint.store import (
     drop_folder,
     find_checkpoint,
     finish_folder,
+    make_folder,
     point_latest,
     prune_checkpoints,
     temporary_folder,
@@ -60,7 +61,8 @@ _NUMBERS = {"version": int, "step": int, "tokens": int, "validated": int, "optim
 def save_checkpoint(
     run_dir: str | Path, config: Config, model: nn.Module, optimizer, trainer: dict, tensor_group=None
 ) -> Path:
-    """Writes RUN/checkpoints/step-N; see take_snapshot and write_snapshot."""
+    """Writes RUN/checkpoints/step-N; see take_snapshot and write_snapshot. Makes the folder."""
+    prepare(Path(run_dir))
     return write_snapshot(Path(run_dir), take_snapshot(config, model, optimizer, trainer, tensor_group))
 
 
@@ -96,22 +98,30 @@ def take_snapshot(
     return Snapshot(copy.deepcopy(config), copy.deepcopy(numbers), _rng_states(), tensors)
 
 
+def prepare(run_dir: Path) -> None:
+    """Makes RUN/checkpoints. It is made once: where it is missing later, what lies at RUN is another disk than that of the run."""
+    if rank() == 0:
+        make_folder(run_dir / "checkpoints")
+
+
 def write_snapshot(run_dir: Path, snapshot: Snapshot) -> Path:
     """Writes RUN/checkpoints/step-N whole or not at all, points `latest` at it and clears old ones away.
 
-    With several processes all call it, and it raises on all or none: OSError (disk full, no permission), with every earlier
-    checkpoint untouched."""
+    With several processes all call it, and it raises on all or none: OSError (disk full, no permission, RUN/checkpoints gone),
+    with every earlier checkpoint untouched."""
     step, train = snapshot.numbers["step"], snapshot.config.train
     target = run_dir / "checkpoints" / checkpoint_name(step)
     folder = temporary_folder(target)
     writing = partial(
         together,
         f"step {step}: cannot write {target}",
-        "earlier checkpoints are untouched: make room there and give the same command again",
+        "earlier checkpoints are untouched: see to room, permission and mount there, then give the same command again",
         undo=partial(drop_folder, target),
     )
     with writing():
         if rank() == 0:
+            if not target.parent.is_dir():
+                raise FileNotFoundError(f"{target.parent} was there and is gone (has its disk been unmounted?)")
             begin_folder(target)
     with writing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this is one process, and whatever its own calls are warned of

@@ -106,9 +106,17 @@ class RunLock:
             probe.unlink(missing_ok=True)
 
     def _beat(self) -> None:
+        told = False
         while not self._stop.wait(BEAT):
             with contextlib.suppress(OSError):  # a file system that does not answer for a while
                 owner, _ = _read(self._path)
+                if owner is None and not told:
+                    print(
+                        f"warning: {self._path} is gone; has its disk been unmounted, or the run folder moved?",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                told = owner is None
                 if owner is not None and owner != self._me:
                     print(
                         f"error: {_name(owner)} has taken over {self._path}; this one ends without a checkpoint",

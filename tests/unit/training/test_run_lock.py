@@ -123,6 +123,13 @@ def test_whose_lock_was_taken_ends_without_another_word(tmp_path, monkeypatch, c
     assert json.loads((tmp_path / "lock").read_text())["pid"] == 4321  # and is not removed
 
 
+def test_a_lock_that_is_gone_is_told_once(tmp_path, capfd):
+    with RunLock(tmp_path):
+        (tmp_path / "lock").unlink()
+        time.sleep(0.5)  # ten beats
+    assert capfd.readouterr().err.count("is gone; has its disk been unmounted") == 1
+
+
 def test_of_many_at_once_one_has_it(tmp_path):
     """Over a stale lock too: each of these processes' threads counts as the owner that it writes down."""
     locked_by(tmp_path)

@@ -1,13 +1,16 @@
 """Checkpoints that are written while training goes on."""
 
+import errno
+import os
 import threading
 
 import pytest
 import torch
 from test_trainer import assert_same, run, weights
 
-from titans_pretrain.checkpoint import checkpoints, latest_checkpoint, read_tensors, read_trainer
+from titans_pretrain.checkpoint import check_checkpoint, checkpoints, latest_checkpoint, read_tensors, read_trainer
 from titans_pretrain.checkpoint import saver as saver_module
+from titans_pretrain.training.hooks import Hook
 from titans_pretrain.training.loggers import read_metrics
 
 
@@ -70,18 +73,52 @@ def test_a_harmful_step_does_not_lose_the_checkpoint_before_it(make_trainer, tmp
     assert latest_checkpoint(tmp_path).name == "step-00000002"
 
 
-def test_what_cannot_be_written_ends_the_run_soon(make_trainer, tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.ESTALE, errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize("at", ["begin_folder", "finish_folder", "point_latest"])
+def test_what_cannot_be_written_ends_the_run_soon(make_trainer, tmp_path, monkeypatch, at, code):
+    def refused(*args):
+        raise OSError(code, os.strerror(code))
 
     trainer = make_trainer(steps=2000, checkpoint_every=0, checkpoint_async=True)
     trainer.train_step()
     trainer.save(tmp_path)
     trainer._settle()
-    monkeypatch.setattr("titans_pretrain.checkpoint.state.point_latest", full)
+    monkeypatch.setattr(f"titans_pretrain.checkpoint.state.{at}", refused)
     trainer.train_step()
     trainer.save(tmp_path)  # fails while the steps go on
-    with pytest.raises(OSError, match=r"step 2: cannot write .*No space left.*earlier checkpoints are untouched"):
+    told = f"step 2: cannot write .*{os.strerror(code)}; earlier checkpoints are untouched: see to room, permission and mount"
+    with pytest.raises(OSError, match=told):
         run(trainer, tmp_path)
     assert trainer.step < 2000
     assert latest_checkpoint(tmp_path).name == "step-00000001"
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("mounted_at", ["run", "."])
+@pytest.mark.parametrize("step", [1, 3])  # before the first checkpoint and after it
+def test_a_run_folder_that_is_unmounted_ends_the_run(make_trainer, tmp_path, in_background, mounted_at, step):
+    """What lies below a mount shows when it is gone: an empty folder, on a disk that is not the run's."""
+    disk, elsewhere = tmp_path / "disk", tmp_path / "elsewhere"
+    mount, run_dir = disk / mounted_at, disk / "run"
+    run_dir.mkdir(parents=True)
+
+    class Unmounting(Hook):
+        def after_step(self, trainer, line):
+            if line["step"] == step:
+                trainer._settle()
+                mount.rename(elsewhere)
+                mount.mkdir()
+
+    trainer = make_trainer(steps=9, checkpoint_every=2, checkpoint_async=in_background)
+    trainer.hooks.append(Unmounting())
+    with pytest.raises(
+        OSError, match=f"step {step + 1}: cannot write .*was there and is gone .has its disk been unmounted"
+    ):
+        run(trainer, run_dir)
+    assert list(mount.iterdir()) == []
+    kept = latest_checkpoint(elsewhere if mounted_at == "run" else elsewhere / "run")
+    if step == 1:
+        assert kept is None
+    else:
+        assert kept.name == "step-00000002"
+        check_checkpoint(kept)
