@@ -51,7 +51,7 @@ def tests(config: SyntheticConfig, samples: int) -> Iterator[tuple[str, Options]
         for times in LENGTHS:
             yield (
                 f"{times * max(trained.lengths)} tokens",
-                Options(trained.problem, [times * max(trained.lengths)], samples),
+                Options(trained.problem, [times * max(trained.lengths)], samples, moved=trained.moved),
             )
 
 

@@ -90,6 +90,7 @@ SPECIAL = {
         "tp2-hidden": ("mag", layout(tp=2, memory_split="hidden")),
         "tp2-hidden-one-head": ("lmm", layout(tp=2, memory_split="hidden", model__memory__heads=1)),
         "tp2-sequence-mac": ("mac", layout(tp=2, sequence_parallel=True)),
+        "tp2-hidden-mac": ("mac", layout(tp=2, memory_split="hidden")),
         "tp2-recompute-segment": ("mag", layout(tp=2, train__recompute="segment", segments_per_rank=3)),
     },
     4: {

@@ -210,7 +210,7 @@ def test_nan_ends_with_one_line_and_the_checkpoint_stays(train, tmp_path, monkey
         (["data.seq_len=100"], "data.seq_len=100 must be a multiple of model.memory.chunk_size=16"),
         (["model.variant=mac", "data.seq_len=80"], "data.seq_len=80 must be a multiple of model.mac.segment=32"),
         (["train.steps=many"], "train.steps = 'many': must be an integer"),
-        (["version=3"], "version 3 is newer than version 2"),
+        (["version=4"], "version 4 is newer than version 3"),
         (["train.resume={tmp_path}/gone"], "no run or checkpoint folder {tmp_path}/gone"),
         (["train.resume={tmp_path}"], "holds no checkpoint"),
     ],

@@ -91,7 +91,7 @@ def from_dict(values: dict, schema: type = Config) -> Any:
             f"version {version} is newer than version {CONFIG_VERSION}, the newest this titans-pretrain reads; update titans-pretrain"
         )
     _check_keys(values, schema, (), schema)
-    values = _upgrade(values)
+    values = upgraded(values)
     try:
         # As JSON, because in strict mode only JSON input may give a dict for a dataclass.
         return _checker(schema).validate_json(json.dumps(values), strict=True)
@@ -227,11 +227,14 @@ def _read(path: Path, included_from: tuple[Path, ...] = (), references: bool = T
         raise ValueError(f"{path}: {_one_line(e)}: a list and a group of keys do not go over one another") from e
 
 
-def _upgrade(values: dict) -> dict:
+def upgraded(values: dict) -> dict:
     """Values of an older version as the newest one says them: the same model, whatever the defaults are now."""
-    if values.get("version") != 1:
+    if values.get("version") not in (1, 2):
         return values
     model = values.get("model", {})
+    model = model | {"mac": {"residual": False} | model.get("mac", {})}
+    if values["version"] == 2:
+        return values | {"version": CONFIG_VERSION, "model": model}
     memory = {"step": "plain", "max_lr": 0.1} | model.get("memory", {}) | {"damping": 0.0}
     if memory["step"] == "telescoped":
         if memory.get("residual_norm", True):

@@ -127,6 +127,7 @@ class MacConfig:
 
     segment: int = setting(512, "tokens of an attention segment, a multiple of the chunk")
     memory_tokens: int = setting(0, "0: one retrieved token per token, seen causally; N: N learned queries per segment")
+    residual: bool = setting(True, "the memory writes a token and what attention makes of it; false: only the latter")
 
     def __post_init__(self):
         check_fields(self, "model.mac")

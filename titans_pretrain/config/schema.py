@@ -7,7 +7,7 @@ from titans_pretrain.config.check import at_least, check_fields, setting
 from titans_pretrain.config.model import VARIANTS, ModelConfig
 from titans_pretrain.config.schedules import check_mixtures, check_warmup, check_weights, sum_until, value_at
 
-CONFIG_VERSION = 2
+CONFIG_VERSION = 3
 
 
 @dataclass

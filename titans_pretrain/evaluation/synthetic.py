@@ -38,6 +38,7 @@ class Options:
     pairs: int | None = setting(None, "of mqar and needle; null: a sixteenth of the length, and one needle")
     repeats: int = setting(1, "of mqar and needle: how often each key is asked for")
     gap: int = setting(0, "of mqar and needle: tokens between a pair and a question, at least")
+    moved: int = setting(5, "of s5: things that a permutation moves, at most; 2: swaps alone, and none")
     seed: int = setting(0, "of the sequences; those of a training are others")
 
     def __post_init__(self):
@@ -46,6 +47,8 @@ class Options:
         at_least("synthetic.vocab", self.vocab, 4)
         at_least("synthetic.repeats", self.repeats, 1)
         at_least("synthetic.gap", self.gap, 0)
+        if not 2 <= self.moved <= 5:
+            raise ValueError(f"synthetic.moved must lie in [2, 5], got {self.moved}")
         for length in parse_lengths("synthetic.lengths", self.lengths):
             at_least("synthetic.lengths", length, 1)
             if self.problem in ("mqar", "needle"):
@@ -166,9 +169,19 @@ def _parity(options: Options, length: int, draw: np.random.Generator) -> tuple[n
 
 
 def _s5(options: Options, length: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    tokens, product = draw.integers(0, 120, length), _products()
+    tokens, product = draw.choice(_moving(options.moved), length), _products()
     labels = itertools.accumulate(tokens, lambda so_far, token: product[token, so_far])
     return tokens, np.array(list(labels))
+
+
+@cache
+def _moving(most: int) -> list[int]:
+    """The numbers of the permutations that leave all but so many things where they are."""
+    return [
+        number
+        for number, p in enumerate(itertools.permutations(range(5)))
+        if sum(i != to for i, to in enumerate(p)) <= most
+    ]
 
 
 @cache

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from titans_pretrain.checkpoint import save_checkpoint
 from titans_pretrain.config import Config, DataConfig, RunConfig, save_config
+from titans_pretrain.config.load import upgraded
 from titans_pretrain.config.model import MacConfig, MemoryConfig, ModelConfig
+from titans_pretrain.config.schema import CONFIG_VERSION
 from titans_pretrain.data.tokenizer import ENTRY
 from titans_pretrain.models import TitansForCausalLM, build_model
 
@@ -64,10 +66,19 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{folder} holds a model of the kind {kind!r}, not an export of titans-pretrain")
     own = {f.name: given[f.name] for f in dataclasses.fields(ModelConfig) if f.name in given}
     try:
+        own = upgraded({"version": _version(own), "model": own})["model"]
         own |= {"memory": MemoryConfig(**own.get("memory") or {}), "mac": MacConfig(**own.get("mac") or {})}
         return ModelConfig(**own)
     except (TypeError, ValueError) as e:
         raise ValueError(f"{path}: {e}") from None
+
+
+def _version(model: dict) -> int:
+    """Of the config that an export was made of, told by what it does not know yet."""
+    for version, group, key in ((1, "memory", "damping"), (2, "mac", "residual")):
+        if model.get(group) and key not in model[group]:
+            return version
+    return CONFIG_VERSION
 
 
 def import_export(folder: str | Path, run_dir: str | Path, tokenizer: str | Path | None = None) -> Path:

@@ -2,8 +2,12 @@
 
     h = M(q; memory at the segment's start)        retrieve
     y = attention over [persistent | h | segment]  causal within the segment; segments do not see each other
-    m = scan(y)                                    write y token by token, reading after each write
+    m = scan(x + y)                                write token by token, reading after each write
     o = y o sigmoid(m)                             gate
+
+The equations write y alone. The paper has residual connections in every block and prints none of them; without this one the memory
+sees of its token what attention lets through, which at first is next to nothing, and recall is not learned (docs/stability.md).
+`mac.residual: false` leaves it out.
 
 Taken literally the paper leaks the future: h comes from queries of the whole segment and every row sees all of it. Here row t
 sees h_j for j <= t, and reads the memory as it stands after its own write. With `mac.memory_tokens` = N the queries are N
@@ -30,7 +34,7 @@ class MacBlock(Block):
         self.segment = config.mac.segment
         self.memory = build_memory(config)
         self.attention = build_attention(config)
-        self.write_norm = RMSNorm(config.dim, config.norm_eps)  # of what the attention gives the memory to write
+        self.write_norm = RMSNorm(config.dim, config.norm_eps)  # of what the memory writes
         self.gate = Gate(config.dim, config.norm_eps)
         self.retrieve_proj, self.memory_queries = None, None
         if config.mac.memory_tokens:
@@ -77,8 +81,8 @@ class MacBlock(Block):
                 backend=self.attention.backend,
             )  # fmt: skip
             y = self.attention.merge(y)
-            written = None if positions is None else positions[:, here].contiguous()
-            m, memory = self.memory(self.write_norm(y), memory, written)
+            at = None if positions is None else positions[:, here].contiguous()
+            m, memory = self.memory(self.written(x[:, here], y), memory, at)
             outputs.append(y)
             reads.append(m)
             if segment.read is not None:
@@ -87,6 +91,10 @@ class MacBlock(Block):
                 segment = None
             start = stop
         return self.gate(torch.cat(outputs, 1), torch.cat(reads, 1)), LayerState(memory=memory, segment=segment)
+
+    def written(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the memory writes of tokens x, of which attention makes y."""
+        return self.write_norm(x + y if self.config.mac.residual else y)
 
     def _open(self, memory: MemoryLayerState, first: Tensor | None) -> SegmentState:
         """A segment without tokens, retrieving from the memory as it stands; first [B]: rows where a document starts."""

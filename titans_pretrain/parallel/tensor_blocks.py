@@ -93,7 +93,11 @@ def _shard_mac(block: MacBlock, sequence_parallel: bool, memory_split: str) -> N
     def retrieve(memory: MemoryLayer, q: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         return spread(MemoryLayer.retrieve(memory, q, weights))
 
+    def written(block: MacBlock, x: Tensor, y: Tensor) -> Tensor:
+        return MacBlock.written(block, share(x), y)
+
     block.memory.retrieve = MethodType(retrieve, block.memory)
+    block.written = MethodType(written, block)
 
 
 def enter_after(norm: nn.Module, sequence_parallel: bool) -> None:

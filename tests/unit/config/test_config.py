@@ -118,7 +118,7 @@ def test_changed_keys_names_both_values(small):
         ("parallel.zero_stage=4", "parallel.zero_stage = 4: must be 0 or 1 or 2 or 3"),
         (
             "version=99",
-            "version 99 is newer than version 2, the newest this titans-pretrain reads; update titans-pretrain",
+            "version 99 is newer than version 3, the newest this titans-pretrain reads; update titans-pretrain",
         ),
         ("run.dir=${nothing}", "Interpolation key 'nothing' not found"),
         ("train.steps", "override 'train.steps' is not of the form key=value"),
@@ -157,9 +157,20 @@ def test_version_1_keeps_its_inner_step(write, text, expected):
     """A file that a run of version 1 left means the function that was trained, not today's defaults."""
     config = load_config(write("old.yaml", f"version: 1\n{text}\n"))
     assert {key: getattr(config.model.memory, key) for key in expected} == expected
-    assert config.version == 2
+    assert config.version == 3
     memory = load_config(write("new.yaml", "train: {seed: 1}\n")).model.memory
     assert (memory.damping, memory.step, memory.largest_lr) == (1.0, "relative", 3.4)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_before_version_3_mac_wrote_what_attention_gave_alone(write, version):
+    old = load_config(
+        write("old.yaml", f"version: {version}\nmodel: {{pattern: [{{variant: mac, mac: {{segment: 32}}}}]}}\n")
+    )
+    assert [(layer.mac.segment, layer.mac.residual) for layer in old.model.layer_configs[:1]] == [(32, False)]
+    assert load_config(write("new.yaml", "train: {seed: 1}\n")).model.mac.residual
+    again = load_config(write("again.yaml", f"version: {version}\nmodel: {{mac: {{residual: true}}}}\n"))
+    assert again.model.mac.residual
 
 
 def test_version_1_with_a_step_that_is_gone(write):
@@ -170,8 +181,8 @@ def test_version_1_with_a_step_that_is_gone(write):
 
 
 def test_newer_versions_are_refused_before_their_new_keys(write):
-    with pytest.raises(ValueError, match="version 3 is newer than version 2"):
-        load_config(write("new.yaml", "version: 3\ntrain: {something_new: 1}\n"))
+    with pytest.raises(ValueError, match="version 4 is newer than version 3"):
+        load_config(write("new.yaml", "version: 4\ntrain: {something_new: 1}\n"))
 
 
 @pytest.mark.parametrize(

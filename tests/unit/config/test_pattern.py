@@ -64,7 +64,7 @@ ENTRIES = [
     ("[mag, magg]", "model.pattern[1].variant is 'magg'; legal are lmm, mac, mag, mal, transformer; did you mean mag?"),
     ("[{windw: 3}]", "unknown key model.pattern[0].windw; did you mean window?"),
     ("[{memory: {dept: 3}}]", "unknown key model.pattern[0].memory.dept; did you mean depth?"),
-    ("[{mac: {zzz: 3}}]", "unknown key model.pattern[0].mac.zzz; legal here: segment, memory_tokens"),
+    ("[{mac: {zzz: 3}}]", "unknown key model.pattern[0].mac.zzz; legal here: segment, memory_tokens, residual"),
     ("[{vocab_size: 3}]", "unknown key model.pattern[0].vocab_size; legal here: variant, window, heads"),
     ("[{pattern: [mag]}]", "unknown key model.pattern[0].pattern"),
     ("[lmm, {memory: {depth: 0}}]", "model.pattern[1].memory.depth must be positive, got 0"),

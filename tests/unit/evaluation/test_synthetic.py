@@ -63,6 +63,16 @@ def test_parity_and_products():
     assert len(set(labels.tolist())) > 20
 
 
+@pytest.mark.parametrize(("moved", "count"), [(2, 11), (3, 31), (4, 76), (5, 120)])
+def test_permutations_that_move_few_things(moved, count):
+    """None and 10 swaps; 20 cycles of three; 30 of four and 15 pairs of swaps; 24 of five and 20 of three and two."""
+    tokens, labels = make_row(Options(problem="s5", moved=moved), 2000, 0)
+    assert len(set(tokens.tolist())) == count
+    group = list(itertools.permutations(range(5)))
+    assert max(sum(i != to for i, to in enumerate(group[token])) for token in tokens) == moved
+    assert len(set(labels.tolist())) == 120
+
+
 def test_rows_are_the_same_again_and_never_those_of_training():
     for problem in ("mqar", "needle", "parity", "s5"):
         options = Options(problem=problem, vocab=64)
@@ -95,6 +105,8 @@ def test_what_does_not_fit_is_refused(lm):
         Options("needle", [41], pairs=4, repeats=3, gap=10)
     with pytest.raises(ValueError, match=r"set model.vocab_size=8192"):
         Synthetic(Options(), lm, None)
+    with pytest.raises(ValueError, match=r"synthetic.moved must lie in \[2, 5\], got 1"):
+        Options("s5", moved=1)
     with pytest.raises(ValueError, match=r"problem = 'xor': must be"):
         Options(problem="xor")
 

@@ -12,7 +12,7 @@ from titans_pretrain.config import Config, RunConfig, TrainConfig
 from titans_pretrain.config.model import MemoryConfig, ModelConfig
 from titans_pretrain.data_prep.tokenizer import ByteTokenizer
 from titans_pretrain.hf.export import export_checkpoint, export_model
-from titans_pretrain.hf.importing import import_export, load_export
+from titans_pretrain.hf.importing import import_export, load_export, read_model_config
 from titans_pretrain.models import build_model
 from titans_pretrain.training.start import find_start
 
@@ -130,6 +130,18 @@ def test_the_first_versions_name_of_the_output_layer(exported, tmp_path):
     shutil.copy(folder / "config.json", tmp_path)
     save_file(weights, tmp_path / "model.safetensors")
     assert same(load_export(tmp_path)[0].state_dict(), model.state_dict())
+
+
+def test_an_export_of_before_a_choice_was_there_is_the_model_that_it_was(exported, tmp_path):
+    _, folder = exported
+    given = json.loads((folder / "config.json").read_text())
+    del given["mac"]["residual"]
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    read = read_model_config(tmp_path)
+    assert not read.mac.residual and read.memory == CONFIG.memory
+    del given["memory"]["damping"]
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    assert read_model_config(tmp_path).memory.damping == 0 and not read_model_config(tmp_path).mac.residual
 
 
 def test_a_tied_output_layer_that_was_saved_twice(exported, tmp_path):

@@ -182,7 +182,8 @@ def memory_as_context(p: dict[str, Tensor], c: SimpleNamespace, xs: list[Tensor]
         segment.append(attention.key_value(x, t))
         y = attention.output(attention.query(x, t), always + retrieved + segment)
         ys.append(y)
-        ms.append(memory.read(rms_norm(y, p["write_norm.weight"], c.norm_eps)))
+        written = x + y if c.mac.residual else y
+        ms.append(memory.read(rms_norm(written, p["write_norm.weight"], c.norm_eps)))
     return gate(p, c, ys, ms)
 
 

@@ -47,6 +47,7 @@ CASES = {
     "mac": (config("mac", layers=2), None),
     "mac-packed": (config("mac", memory=dict(per_layer_gates=True, **DAMPED)), DOCUMENTS),
     "mac-queries": (config("mac", mac=dict(memory_tokens=2)), DOCUMENTS),
+    "mac-letter": (config("mac", layers=2, mac=dict(residual=False)), DOCUMENTS),
     "mac-deep": (config("mac", mac=dict(segment=3), memory=dict(depth=3), persistent_tokens=0), DOCUMENTS),
     "mag": (config("mag", layers=2), None),
     "mag-packed": (config("mag", memory=DAMPED, tie_embeddings=False), DOCUMENTS),
