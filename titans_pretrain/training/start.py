@@ -132,6 +132,8 @@ def _changes(start: Start, config: Config) -> tuple[str, ...]:
     """Settings that differ from the checkpoint's. Raises ValueError if the model is another one."""
     may_differ = _SPEED_ONLY | (_REACH if start.weights_only else set())
     changed = changed_keys(load_run_config(start.checkpoint), config)
+    if not any(layer.has_segments for layer in config.model.layer_configs):
+        changed = {k: v for k, v in changed.items() if not k.startswith("model.mac.")}  # settings of no layer
     model = {k: v for k, v in changed.items() if k.startswith("model.") and k not in may_differ}
     if model:
         told = ", ".join(f"{key} is {old} there and {new} here" for key, (old, new) in model.items())
