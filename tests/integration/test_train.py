@@ -251,12 +251,16 @@ def test_another_model_or_other_data_is_refused_on_resume(train, tmp_path, capsy
     assert "train.lr: 0.003 -> 0.001" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("variant", "code"), [("mag", 0), ("mac", 2)])
-def test_a_setting_that_no_layer_has_is_not_another_model(train, capsys, variant, code):
+@pytest.mark.parametrize(
+    ("variant", "key", "code"),
+    [("mag", "mac.residual=false", 0), ("mac", "mac.residual=false", 2), ("transformer", "memory.damping=0", 0)],
+)
+def test_a_setting_that_no_layer_has_is_not_another_model(train, capsys, variant, key, code):
     """As runs of before there was the setting have its old meaning, whatever their variant."""
     assert train("train.steps=1", f"model.variant={variant}") == 0
-    assert train("train.steps=2", f"model.variant={variant}", "model.mac.residual=false") == code
-    assert ("written by another model: model.mac.residual is True there" in capsys.readouterr().err) == (code == 2)
+    assert train("train.steps=2", f"model.variant={variant}", f"model.{key}") == code
+    told = "model.mac.residual is True there and False here; give what is there, or choose another run.dir"
+    assert (told in capsys.readouterr().err) == (code == 2)
 
 
 def test_a_new_run_from_a_checkpoint_of_another(train, tmp_path):

@@ -53,6 +53,13 @@ class TitansConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """A config.json has all values that there were: one that is missing is what the model did before it was a choice."""
+        before = {"memory": {"damping": 0.0}, "mac": {"residual": False}}
+        known = {name: first | config_dict[name] for name, first in before.items() if config_dict.get(name)}
+        return super().from_dict(config_dict | known, **kwargs)
+
+    @classmethod
     def from_model_config(cls, config: ModelConfig, **kwargs) -> "TitansConfig":
         return cls(**dataclasses.asdict(config), **kwargs)
 

@@ -132,12 +132,18 @@ def _changes(start: Start, config: Config) -> tuple[str, ...]:
     """Settings that differ from the checkpoint's. Raises ValueError if the model is another one."""
     may_differ = _SPEED_ONLY | (_REACH if start.weights_only else set())
     changed = changed_keys(load_run_config(start.checkpoint), config)
-    if not any(layer.has_segments for layer in config.model.layer_configs):
-        changed = {k: v for k, v in changed.items() if not k.startswith("model.mac.")}  # settings of no layer
+    layers = config.model.layer_configs
+    used = {"model.memory.": any(c.has_memory for c in layers), "model.mac.": any(c.has_segments for c in layers)}
+    of_no_layer = tuple(group for group, any_layer in used.items() if not any_layer)
+    changed = {k: v for k, v in changed.items() if not k.startswith(of_no_layer)}
     model = {k: v for k, v in changed.items() if k.startswith("model.") and k not in may_differ}
     if model:
         told = ", ".join(f"{key} is {old} there and {new} here" for key, (old, new) in model.items())
-        advice = "a second stage trains the same model" if start.weights_only else "choose another run.dir"
+        advice = (
+            "a second stage trains the same model"
+            if start.weights_only
+            else "give what is there, or choose another run.dir"
+        )
         raise ValueError(f"{start.checkpoint} was written by another model: {told}; {advice}")
     if "train.optimizer" in changed and not start.weights_only:
         old, new = changed["train.optimizer"]

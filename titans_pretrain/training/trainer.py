@@ -105,8 +105,8 @@ class Trainer:
         """Trains up to `train.steps` or a stop request, then saves; whether all is done. Raises ValueError on a loss that
         is not finite."""
         train = self.config.train
-        self.saver.start(run_dir)
         try:
+            self.saver.start(run_dir)
             while not self.engine.any(stop.received is not None or self.saver.failed):
                 if self._validation_is_due():
                     self._report(loggers, progress)

@@ -133,15 +133,20 @@ def test_the_first_versions_name_of_the_output_layer(exported, tmp_path):
 
 
 def test_an_export_of_before_a_choice_was_there_is_the_model_that_it_was(exported, tmp_path):
+    from titans_pretrain.hf.configuration_titans import TitansConfig
+
     _, folder = exported
     given = json.loads((folder / "config.json").read_text())
     del given["mac"]["residual"]
     (tmp_path / "config.json").write_text(json.dumps(given))
     read = read_model_config(tmp_path)
     assert not read.mac.residual and read.memory == CONFIG.memory
+    assert TitansConfig.from_pretrained(tmp_path).model_config() == read
     del given["memory"]["damping"]
     (tmp_path / "config.json").write_text(json.dumps(given))
-    assert read_model_config(tmp_path).memory.damping == 0 and not read_model_config(tmp_path).mac.residual
+    read = read_model_config(tmp_path)
+    assert read.memory.damping == 0 and not read.mac.residual
+    assert TitansConfig.from_pretrained(tmp_path).model_config() == read
 
 
 def test_a_tied_output_layer_that_was_saved_twice(exported, tmp_path):
