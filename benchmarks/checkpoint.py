@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import GIB, Bar, argument_parser, describe_setup, finish, markdown_table
+from benchmarks.common import GIB, Bar, argument_parser, describe_setup, finish
 from titans_pretrain.checkpoint.saver import Saver
 from titans_pretrain.config import load_config
+from titans_pretrain.evaluation.figures import markdown_table
 from titans_pretrain.models import build_model
 from titans_pretrain.training.optimizer import build_optimizer
 

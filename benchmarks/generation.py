@@ -11,17 +11,8 @@ import argparse
 import json
 import time
 
-from benchmarks.common import (
-    GIB,
-    Bar,
-    argument_parser,
-    describe_setup,
-    finish,
-    markdown_table,
-    reset_peak,
-    resident_bytes,
-    run_point,
-)  # fmt: skip
+from benchmarks.common import GIB, Bar, argument_parser, describe_setup, finish, reset_peak, resident_bytes, run_point
+from titans_pretrain.evaluation.figures import markdown_table
 
 VARIANTS = ("lmm", "mac", "mag", "mal")
 LENGTHS = (1024, 10_240, 65_536, 262_144, 1_048_576)

@@ -12,7 +12,8 @@ import json
 import random
 from pathlib import Path
 
-from benchmarks.common import Bar, argument_parser, describe_setup, finish, markdown_table
+from benchmarks.common import Bar, argument_parser, describe_setup, finish
+from titans_pretrain.evaluation.figures import markdown_table
 
 WINDOW, TRAINING_STRIDE, PIECE = 128, 32, 8192
 CHROMOSOMES = {"train": "II", "test": "I"}

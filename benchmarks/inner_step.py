@@ -24,8 +24,9 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from benchmarks.common import Bar, argument_parser, describe_setup, finish, markdown_table
+from benchmarks.common import Bar, argument_parser, describe_setup, finish
 from benchmarks.recall import VOCAB, recall_config, train
+from titans_pretrain.evaluation.figures import markdown_table
 
 TOKENS = 4096
 SEEDS = range(5)

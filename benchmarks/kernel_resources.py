@@ -14,7 +14,8 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 
-from benchmarks.common import Bar, argument_parser, finish, markdown_table
+from benchmarks.common import Bar, argument_parser, finish
+from titans_pretrain.evaluation.figures import markdown_table
 
 # Bytes of shared memory that a program can have, by architecture.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import GIB, Bar, markdown_table, parts_parser, run_parts, run_point
+from benchmarks.common import GIB, Bar, parts_parser, run_parts, run_point
+from titans_pretrain.evaluation.figures import markdown_table
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/longcontext/2m-cpu.yaml"

@@ -28,11 +28,11 @@ from benchmarks.common import (
     describe_setup,
     finish,
     flop_counter,
-    markdown_table,
     reset_peak,
     resident_bytes,
     run_point,
 )  # fmt: skip
+from titans_pretrain.evaluation.figures import markdown_table
 
 DIM, HEADS, DEPTH, EXPANSION, MAX_LR = 256, 4, 2, 2, 0.1
 OURS, PEER = "titans-pretrain", "titans-pytorch"

@@ -27,16 +27,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import (
-    GIB,
-    Bar,
-    markdown_table,
-    parts_parser,
-    reset_peak,
-    resident_bytes,
-    run_parts,
-    run_point,
-)  # fmt: skip
+from benchmarks.common import GIB, Bar, parts_parser, reset_peak, resident_bytes, run_parts, run_point
+from titans_pretrain.evaluation.figures import markdown_table
 
 COLLECTIVES = (
     "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "reduce_scatter", "reduce_scatter_tensor",

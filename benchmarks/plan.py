@@ -14,7 +14,8 @@ import json
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import Bar, argument_parser, describe_setup, finish, markdown_table, run_point
+from benchmarks.common import Bar, argument_parser, describe_setup, finish, run_point
+from titans_pretrain.evaluation.figures import markdown_table
 
 MODULE = "benchmarks.plan"
 # Name: processes, and what differs from 512 tokens of one row and mag.

@@ -20,7 +20,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.common import argument_parser, describe_setup, finish, markdown_table
+from benchmarks.common import argument_parser, describe_setup, finish
+from titans_pretrain.evaluation.figures import markdown_table
 from titans_pretrain.kernels.memory_scan import MemoryState, memory_scan
 from titans_pretrain.kernels.memory_scan.chunked import backward, forward, network, scan
 

@@ -17,7 +17,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import Bar, argument_parser, describe_setup, finish, markdown_table
+from benchmarks.common import Bar, argument_parser, describe_setup, finish
+from titans_pretrain.evaluation.figures import markdown_table
 
 MODULE = "benchmarks.startup"
 CONFIG = "configs/70b-mag.yaml"

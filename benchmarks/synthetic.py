@@ -17,9 +17,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.common import Bar, argument_parser, describe_setup, finish, markdown_table
+from benchmarks.common import Bar, argument_parser, describe_setup, finish
 from titans_pretrain.config.load import load_as
-from titans_pretrain.evaluation.figures import save_picture
+from titans_pretrain.evaluation.figures import markdown_table, save_picture
 from titans_pretrain.evaluation.model import LanguageModel, open_model
 from titans_pretrain.evaluation.run import batches
 from titans_pretrain.evaluation.synthetic import Options, Synthetic

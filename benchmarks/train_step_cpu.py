@@ -25,19 +25,11 @@ from unittest import mock
 import torch
 from torch.utils import _pytree as pytree
 
-from benchmarks.common import (
-    Bar,
-    argument_parser,
-    best_cpu_seconds,
-    describe_setup,
-    finish,
-    flop_counter,
-    markdown_table,
-    run_point,
-)  # fmt: skip
+from benchmarks.common import Bar, argument_parser, best_cpu_seconds, describe_setup, finish, flop_counter, run_point
 from titans_pretrain.config import Config, ModelConfig
 from titans_pretrain.config.model import VARIANTS
 from titans_pretrain.config.schema import DataConfig, TrainConfig
+from titans_pretrain.evaluation.figures import markdown_table
 
 PARTS = ("attention", "memory", "mlp", "loss", "optimizer", "data", "rest")
 LIMIT = 2.0  # a memory variant's step over the transformer's

@@ -2,8 +2,9 @@
 
 from dataclasses import asdict
 
-from benchmarks.common import Bar, markdown_table
+from benchmarks.common import Bar
 from benchmarks.gpu.scan import CHUNKS, PUBLIC
+from titans_pretrain.evaluation.figures import markdown_table
 
 Points = list[dict]
 

@@ -51,8 +51,8 @@ def report(run_dir: str) -> str:
     if "mfu" in columns:
         rows["MFU"] = f"{median(columns['mfu']):.1%} (median)"
     if "checkpoint_stall" in columns:
-        stalls = columns["checkpoint_stall"]
-        rows["checkpoints"] = f"{len(stalls):,}, training waited {median(stalls):.2f} s for each (median)"
+        stalls = columns["checkpoint_stall"]  # told by the step after: none of a last checkpoint
+        rows["waiting for checkpoints"] = f"{median(stalls):.2f} s for each (median of {len(stalls):,})"
     if (behind := slow_rank(lines)) is not None:
         rows["slow rank"] = behind
     rows["peak memory"] = f"{max(columns['peak_memory_mib']):,.0f} MiB"

@@ -145,7 +145,7 @@ class Babilong:
             "rows are read off its Figure 6, to about 1 %.\n\n"
         )
         save_picture(folder / "babilong.png", lambda figure: _draw(figure, tasks | {"mean": mean}))
-        return {"tasks": tasks, "mean": mean}, "## BABILong\n\n" + note + markdown_table(header, rows)
+        return {"tasks": tasks, "mean": mean}, "## BABILong\n\n" + note + markdown_table(header, rows) + "\n"
 
 
 def build_prompt(

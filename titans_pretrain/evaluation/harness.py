@@ -246,7 +246,7 @@ def _table(figures: Mapping[str, Mapping[str, float]], options: Options, version
     rows += [[f"paper: {name}", *(f"{value:.2f}" for value in values)] for name, values in COMMON_SENSE.items()]
     shot = "zero-shot" if options.fewshot == 0 else f"{options.fewshot}-shot"
     part = "" if options.limit is None else f", the first {options.limit} documents of each task"
-    text = f"lm-eval {version}, {shot}{part}; mean of the accuracies.\n\n{markdown_table(header, rows)}"
+    text = f"lm-eval {version}, {shot}{part}; mean of the accuracies.\n\n{markdown_table(header, rows)}\n"
     others = [task for task in options.tasks if task not in {column[1] for column in COLUMNS}]
     lines = [[task, name, f"{value:.4f}"] for task in others for name, value in figures.get(task, {}).items()]
-    return text + ("\n" + markdown_table(["task", "metric", "value"], lines) if lines else "")
+    return text + (f"\n{markdown_table(['task', 'metric', 'value'], lines)}\n" if lines else "")

@@ -169,7 +169,7 @@ class Niah:
             f"{self._options.samples} samples of each task and length, needles at {self._options.depths} depths. The paper names its "
             "tasks PK, N and W; that W is single_3 is inferred.\n\n"
         )
-        return "## Needle in a haystack (RULER's S-NIAH)\n\n" + note + markdown_table(header, rows)
+        return "## Needle in a haystack (RULER's S-NIAH)\n\n" + note + markdown_table(header, rows) + "\n"
 
     def _draw(self, figure, task: str, of_task: dict) -> None:
         """Depth by length, as a map of accuracies."""

@@ -129,7 +129,7 @@ class Perplexity:
             f"only the last {self._overlap:,} to {self._overlap + self._reset:,} tokens are known.\n\n"
         )
         save_picture(folder / "perplexity.png", lambda figure: _draw(figure, self._edges, carried, reset))
-        return figures, table + markdown_table(header, rows)
+        return figures, table + markdown_table(header, rows) + "\n"
 
 
 def bucket_edges(length: int, first: int) -> list[int]:

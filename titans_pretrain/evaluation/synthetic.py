@@ -122,7 +122,7 @@ class Synthetic:
         chance = self._options.chance
         note = f"{self._options.samples} sequences of each length; by chance {100 * chance:.2g} % are right.\n\n"
         save_picture(folder / "synthetic.png", lambda figure: _draw(figure, self._options.problem, figures, chance))
-        return figures, f"## {self._options.problem}\n\n{note}{markdown_table(header, rows)}"
+        return figures, f"## {self._options.problem}\n\n{note}{markdown_table(header, rows)}\n"
 
 
 def make_row(options: Options, length: int, number: int, training: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -93,7 +93,7 @@ class Watchdog(Hook):
                 now = int(store.get(f"{watched}")) if store.check([f"{watched}"]) else 0
                 if now == _GONE or now != seen:
                     seen, since = now, time.monotonic()
-                if now != _GONE and time.monotonic() - since > self._lost_after:
+                if time.monotonic() - since > self._lost_after:
                     reason = f"rank {watched} gave no sign of life for {self._lost_after:.0f} s"
                     store.set("lost", reason)
                     self._end(reason)
