@@ -8,10 +8,11 @@ import math
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,6 +60,33 @@ def describe_setup(threads: int, *packages: str) -> dict[str, str]:
 def _cpu_model() -> str:
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     return found[1].strip() if found else platform.machine()
+
+
+def measure_missing(
+    file: Path, points: Iterable[dict], measure: Callable[[dict], dict], setup: dict[str, str]
+) -> list[dict]:
+    """The lines of a file of results: a point, what measure(point) found, and the setup. Points that have none yet are measured."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    for point in points:
+        if any(point.items() <= line.items() for line in lines):
+            continue
+        lines.append(point | measure(point) | {"setup": setup})
+        with file.open("a") as f:
+            f.write(json.dumps(lines[-1]) + "\n")
+        print(json.dumps({k: v for k, v in lines[-1].items() if k != "setup"}), flush=True)
+    return lines
+
+
+def describe_setups(lines: Sequence[dict]) -> str:
+    """Of a file of results, each once."""
+    return "\n\n".join(dict.fromkeys("\n".join(f"{k}: {v}" for k, v in line["setup"].items()) for line in lines))
+
+
+def seed_cells(found: Mapping[int, float], seeds: Sequence[int], digits: int = 1) -> list[str]:
+    """A cell for each seed, empty where it was not measured, and the mean."""
+    cells = [f"{found[seed]:.{digits}f}" if seed in found else "" for seed in seeds]
+    return [*cells, f"{statistics.mean(found.values()):.{digits}f}"]
 
 
 def finish(args: argparse.Namespace, setup: dict[str, str], points: list[dict], bars: list[Bar]) -> None:

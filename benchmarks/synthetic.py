@@ -11,13 +11,12 @@ the window; parity and s5 at multiples of the longest sequence of the training, 
 """
 
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.common import Bar, argument_parser, describe_setup, finish
+from benchmarks.common import Bar, argument_parser, describe_setup, describe_setups, finish, measure_missing, seed_cells
 from titans_pretrain.config.load import load_as
 from titans_pretrain.evaluation.figures import markdown_table, save_picture
 from titans_pretrain.evaluation.model import LanguageModel, open_model
@@ -81,7 +80,7 @@ def measure(point: dict, runs: Path, samples: int, settings: Sequence[str]) -> d
     config, spent = load_as(SyntheticConfig, name, overrides), time.process_time() - began
     model = open_model(run_dir, "cpu")
     found = {told: accuracy(model, options) for told, options in tests(config, samples)}
-    return point | {
+    return {
         "steps": config.train.steps,
         "cpu_minutes": round(spent / 60, 1) if fresh else None,
         "settings": list(settings),
@@ -103,21 +102,18 @@ def bars(lines: Sequence[dict]) -> Iterator[Bar]:
 def page(title: str, problems: Sequence[str], lines: Sequence[dict], picture: str) -> str:
     """Markdown; a cell that was not measured stays empty."""
     parts = [f"# {title}", "    python -m benchmarks.synthetic --problems " + " ".join(problems)]
-    setups = dict.fromkeys("\n".join(f"{k}: {v}" for k, v in line["setup"].items()) for line in lines)
-    parts += ["\n\n".join(setups), f"![accuracy]({picture})"]
+    parts += [describe_setups(lines), f"![accuracy]({picture})"]
     for problem in problems:
         of_problem = [line for line in lines if line["problem"] == problem]
         if not of_problem:
             continue
         seeds = sorted({line["seed"] for line in of_problem})
-        found = {(line["variant"], line["seed"]): line["accuracy"] for line in of_problem}
         rows = []
         for variant in dict.fromkeys(line["variant"] for line in of_problem):
+            runs = {line["seed"]: line["accuracy"] for line in of_problem if line["variant"] == variant}
             for told in of_problem[0]["accuracy"]:
-                values = [100 * found[variant, s][told] if (variant, s) in found else None for s in seeds]
-                known = [v for v in values if v is not None]
-                cells = ["" if v is None else f"{v:.1f}" for v in values]
-                rows.append([variant, told, *cells, f"{statistics.mean(known):.1f}"])
+                found = {seed: 100 * accuracy[told] for seed, accuracy in runs.items()}
+                rows.append([variant, told, *seed_cells(found, seeds)])
         measured = "answers" if problem in ("mqar", "needle") else "last answers"
         minutes = [line["cpu_minutes"] for line in of_problem if line["cpu_minutes"] is not None]
         parts += [
@@ -174,19 +170,15 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/synthetic"), metavar="DIR", help="of run folders")
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_intermixed_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "synthetic.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    known = {(line["problem"], line["variant"], line["seed"]) for line in lines}
     setup = describe_setup(1)
-    for seed, problem, variant in itertools.product(args.seeds, args.problems, args.variants):
-        if args.report or (problem, variant, seed) in known:
-            continue
-        point = {"problem": problem, "variant": variant, "seed": seed}
-        lines.append(measure(point, args.runs, args.samples, args.settings) | {"setup": setup})
-        with file.open("a") as f:
-            f.write(json.dumps(lines[-1]) + "\n")
-        print(json.dumps({k: v for k, v in lines[-1].items() if k != "setup"}), flush=True)
+    points = (
+        {"problem": problem, "variant": variant, "seed": seed}
+        for seed, problem, variant in itertools.product(args.seeds, args.problems, args.variants)
+    )
+    lines = measure_missing(
+        args.out / "synthetic.jsonl", () if args.report else points,
+        lambda point: measure(point, args.runs, args.samples, args.settings), setup,
+    )  # fmt: skip
     report(lines, args.out)
     finish(args, setup, lines, list(bars(lines)))
 

@@ -12,7 +12,9 @@ import pytest
 from titans_pretrain import cli
 from titans_pretrain.config.load import load_as
 from titans_pretrain.forecasting.config import ForecastConfig
+from titans_pretrain.forecasting.metrics import errors
 from titans_pretrain.forecasting.run import build_forecaster, forecast, table
+from titans_pretrain.forecasting.series import Windows, read_series, split_rows, training_scale
 from titans_pretrain.training.fit import load_weights
 
 
@@ -58,9 +60,6 @@ def test_a_run_learns_is_measured_and_is_not_written_over(settings, tmp_path, ca
     assert config.series.horizons == [6, 9] and config.run.dir == str(run)
 
     # the best weights are on disk, and give the number that was measured
-    from titans_pretrain.forecasting.metrics import errors
-    from titans_pretrain.forecasting.series import Windows, read_series, split_rows, training_scale
-
     model = build_forecaster(config, 9).eval()
     load_weights(model, run / "horizon-9/best.safetensors")
     values = read_series(config.series.path).values
@@ -71,6 +70,19 @@ def test_a_run_learns_is_measured_and_is_not_written_over(settings, tmp_path, ca
 
     assert cli.main(command) == 2
     assert "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("loss", "power"), [("mse", 2), ("mae", 1)])
+def test_the_loss_is_that_of_the_config(loss, power, settings, csv_file, tmp_path):
+    """Of the first step, whose forecast is the window's mean."""
+    of_one_step = ["train.steps=1", "train.eval_every=1", f"series.loss={loss}"]
+    assert cli.main(["forecast", "forecasting/ett", *settings, *of_one_step]) == 0
+    logged = json.loads((tmp_path / "run/horizon-6/metrics.jsonl").read_text().splitlines()[0])["loss"]
+    values = read_series(csv_file).values
+    rows = split_rows(len(values), "auto", "waves")
+    windows = Windows(training_scale(values, rows["train"]).standardized(values).float(), rows["train"], 24, 6)
+    x, y = next(windows.shuffled(64, 0))
+    assert logged == pytest.approx(float(((x.mean(1, keepdim=True) - y).abs() ** power).mean()), rel=1e-5)
 
 
 def test_a_signal_leaves_the_best_weights(settings, tmp_path, capsys):

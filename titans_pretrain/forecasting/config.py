@@ -25,6 +25,13 @@ class SeriesConfig:
         True, "a window's mean and deviation are taken out before the model and put back after it"
     )
     head_dropout: float = setting(0.1, "share of the last layer's outputs that a training step leaves out")
+    linear_skip: bool = setting(
+        False, "a linear map from the window to the forecast beside the blocks, which learn what it leaves"
+    )
+    loss: Literal["mse", "mae", "huber"] = setting(
+        "mse",
+        "what the training makes small; huber: half the square up to 1, linear beyond. The best weights have the smallest validation MSE",
+    )
 
     def __post_init__(self):
         check_fields(self, "series")

@@ -20,6 +20,7 @@ from titans_pretrain.training.engine import compute_dtype, pick_device
 from titans_pretrain.training.fit import Fitted, fit, open_run, write_results
 
 EVAL_BATCH = 1024  # windows of a variate at once
+LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 
 
 def build_forecaster(config: ForecastConfig, horizon: int) -> Forecaster:
@@ -77,7 +78,7 @@ def _one_horizon(
 
     def loss(batch) -> torch.Tensor:
         x, y = (part.to(device) for part in batch)
-        return F.mse_loss(model(x), y)
+        return LOSSES[config.series.loss](model(x), y)
 
     def predict(x: torch.Tensor) -> torch.Tensor:
         with compute_dtype(device, config.train.precision):

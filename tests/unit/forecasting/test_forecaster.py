@@ -48,6 +48,23 @@ def test_the_forward_pass_is_that_of_a_loop(variant):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_linear_map_is_added_and_both_begin_at_nothing():
+    """A fresh forecast is the window's mean."""
+    model, x = forecaster(linear_skip=True), torch.randn(3, 24) * 5 + 2
+    torch.testing.assert_close(model(x), x.mean(1, keepdim=True).expand(-1, 5))
+    plain = forecaster()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    for part in (model, plain):
+        part.head.weight.data = torch.randn(5, 7 * 16, generator=torch.Generator().manual_seed(0))
+    model.skip.weight.data = torch.randn(5, 24)
+    std = (x.var(1, correction=0) + NORM_EPS).sqrt()
+    expected = [
+        plain(x)[i] + std[i] * torch.stack([sum(w * v for w, v in zip(row, z)) for row in model.skip.weight])
+        for i, z in enumerate((x - x.mean(1, keepdim=True)) / std[:, None])
+    ]
+    torch.testing.assert_close(model(x), torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
 def test_a_shifted_and_stretched_window_has_the_forecast_shifted_and_stretched():
     x = torch.randn(4, 24)
     model = forecaster()
@@ -87,7 +104,7 @@ def test_what_comes_after_a_window_changes_neither_its_forecast_nor_anything_bef
 
 def test_initial_values_reach_every_parameter():
     with torch.device("meta"):
-        model = Forecaster(model_config("mag"), SeriesConfig(lookback=24, patch=6, stride=3), 5)
+        model = Forecaster(model_config("mag"), SeriesConfig(lookback=24, patch=6, stride=3, linear_skip=True), 5)
     model.to_empty(device="cpu")
     for p in model.parameters():
         p.data.fill_(torch.nan)
