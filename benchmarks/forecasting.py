@@ -1,11 +1,11 @@
 """Long-term forecasting on a public CSV: a variant beside the best linear map and the last value repeated, three seeds.
 
-    python -m benchmarks.forecasting ETTh1.csv                                # lmm, horizons 96 and 192
+    python -m benchmarks.forecasting ETTh1.csv                                # lmm, horizons 96 and 192, trained on either error
     python -m benchmarks.forecasting ETTh1.csv --variants lmm transformer --horizons 96 192 336 720
     python -m benchmarks.forecasting ETTh1.csv series.patch=8 train.lr=5e-4   # settings over configs/forecasting/ett.yaml
     python -m benchmarks.forecasting ETTh1.csv --report                       # the page anew; nothing is trained
 
-Each point (variant, horizon, seed) leaves a line in OUT/forecasting.jsonl; those that are there are not done again. OUT/forecasting.md has
+Each point (variant, error that is trained on, horizon, seed) leaves a line in OUT/forecasting.jsonl; those that are there are not done again. OUT/forecasting.md has
 the table, pictures beside it. The file is not part of the project; ETTh1.csv is in github.com/zhouhaoyi/ETDataset (CC BY-ND 4.0).
 """
 
@@ -43,6 +43,7 @@ def measure(point: dict, csv: str, runs: Path, settings: Sequence[str]) -> dict:
         f"series.path={csv}",
         f"series.horizons=[{point['horizon']}]",
         f"model.variant={point['variant']}",
+        f"series.loss={point['loss']}",
         f"train.seed={point['seed']}",
         f"run.dir={run_dir}",
     ]
@@ -53,7 +54,7 @@ def measure(point: dict, csv: str, runs: Path, settings: Sequence[str]) -> dict:
 
 
 def folder(point: dict, runs: Path) -> Path:
-    return runs / "{variant}-{horizon}-{seed}".format(**point)
+    return runs / "{variant}-{loss}-{horizon}-{seed}".format(**point)
 
 
 def errors(lines: Sequence[dict], horizon: int) -> dict[tuple[str, str], dict[int, float]]:
@@ -61,18 +62,20 @@ def errors(lines: Sequence[dict], horizon: int) -> dict[tuple[str, str], dict[in
     found: dict[tuple[str, str], dict[int, float]] = {}
     for line in (line for line in lines if line["horizon"] == horizon):
         for name, which in itertools.product((line["variant"], *BASELINES), MEASURES):
-            found.setdefault((name, which), {})[line["seed"]] = line["test"][name][which]
+            shown = name if name in BASELINES else f"{name}, trained on {line['loss'].upper()}"
+            found.setdefault((shown, which), {})[line["seed"]] = line["test"][name][which]
     return {key: found[key] for key in sorted(found, key=lambda key: key[0] in BASELINES)}
 
 
 def bars(lines: Sequence[dict]) -> Iterator[Bar]:
-    """Means over seeds, of the first variant that was measured."""
+    """Means over seeds of the first variant that was measured: the error that it was trained on, over the baselines'."""
     for horizon in sorted({line["horizon"] for line in lines}):
         mean = {key: statistics.mean(by_seed.values()) for key, by_seed in errors(lines, horizon).items()}
-        variant = next(iter(mean))[0]
         for which, baseline in itertools.product(MEASURES, BASELINES):
-            over = mean[variant, which] / mean[baseline, which]
-            yield Bar(f"horizon {horizon}: {which.upper()} of {variant} over that of {baseline}", over, 1, "x", False)
+            name = f"{lines[0]['variant']}, trained on {which.upper()}"
+            if (name, which) in mean:
+                over = mean[name, which] / mean[baseline, which]
+                yield Bar(f"horizon {horizon}: {which.upper()} of {name}, over that of {baseline}", over, 1, "x", False)
 
 
 def page(name: str, lines: Sequence[dict]) -> str:
@@ -80,7 +83,8 @@ def page(name: str, lines: Sequence[dict]) -> str:
         f"# Forecasting of {name}",
         f"    python -m benchmarks.forecasting {name}.csv",
         describe_setups(lines),
-        "Errors on the test split, of standardised values; the lookback is 96 rows. The forecasts are those of the last variate, seed 0.",
+        "Errors on the test split, of standardised values; the lookback is 96 rows. The forecasts are those of the last variate, seed 0. "
+        "`linear` is fitted to squares alone.",
         "![errors](forecasting.png)",
     ]
     for horizon in sorted({line["horizon"] for line in lines}):
@@ -101,18 +105,17 @@ def page(name: str, lines: Sequence[dict]) -> str:
 
 
 def draw(figure, lines: Sequence[dict]) -> None:
-    """A point for each seed, a bar for the mean; the last value repeated is far off and left out."""
+    """A point for each seed, a line for the mean; the last value repeated is far off and left out."""
     horizons = sorted({line["horizon"] for line in lines})
     for axes, (horizon, which) in zip(
         figure.subplots(1, 2 * len(horizons)), itertools.product(horizons, MEASURES), strict=True
     ):
         shown = {key[0]: v for key, v in errors(lines, horizon).items() if key[1] == which and key[0] != "repeat last"}
         for at, by_seed in enumerate(shown.values()):
-            axes.bar(at, statistics.mean(by_seed.values()), color=f"C{at}", alpha=0.5)
+            axes.hlines(statistics.mean(by_seed.values()), at - 0.3, at + 0.3, color=f"C{at}")
             axes.plot([at] * len(by_seed), list(by_seed.values()), "o", color=f"C{at}", markersize=4)
-        every = [e for by_seed in shown.values() for e in by_seed.values()]
-        axes.set_ylim(min(every) - 0.01, max(every) + 0.01)
-        axes.set_xticks(range(len(shown)), list(shown))
+        axes.set_xticks(range(len(shown)), [name.replace(", trained on ", "\n") for name in shown])
+        axes.margins(x=0.2)
         axes.set_title(f"{which.upper()}, horizon {horizon}")
 
 
@@ -120,7 +123,7 @@ def report(name: str, lines: Sequence[dict], out: Path, runs: Path) -> None:
     save_picture(out / "forecasting.png", lambda figure: draw(figure, lines), (10, 3.5))
     for line in lines:
         forecasts = folder(line, runs) / f"horizon-{line['horizon']}/forecasts.png"
-        if line["seed"] == 0 and line["variant"] == lines[0]["variant"] and forecasts.exists():
+        if (line["seed"], line["variant"], line["loss"]) == (0, lines[0]["variant"], "mse") and forecasts.exists():
             shutil.copyfile(forecasts, out / f"forecasts-{line['horizon']}.png")
     (out / "forecasting.md").write_text(page(name, lines))
 
@@ -130,6 +133,7 @@ def main() -> None:
     parser.add_argument("csv", metavar="CSV")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     parser.add_argument("--variants", nargs="+", default=["lmm"], metavar="VARIANT")
+    parser.add_argument("--losses", nargs="+", choices=MEASURES, default=MEASURES, metavar="ERROR")
     parser.add_argument("--horizons", nargs="+", type=int, default=[96, 192], metavar="ROWS")
     parser.add_argument("--seeds", nargs="+", type=int, default=range(3), metavar="N")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), metavar="DIR", help="of lines and page")
@@ -138,8 +142,8 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     setup = describe_setup(1)
     points = (
-        {"variant": variant, "horizon": horizon, "seed": seed}
-        for seed, horizon, variant in itertools.product(args.seeds, args.horizons, args.variants)
+        {"variant": variant, "loss": loss, "horizon": horizon, "seed": seed}
+        for seed, horizon, variant, loss in itertools.product(args.seeds, args.horizons, args.variants, args.losses)
     )
     lines = measure_missing(
         args.out / "forecasting.jsonl", () if args.report else points,

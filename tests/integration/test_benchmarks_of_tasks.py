@@ -103,7 +103,7 @@ def test_forecasts_are_trained_once_and_shown(run, tmp_path):
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([("date", "a"), *((i, math.sin(i / 3)) for i in range(400))])
     own = [*TINY, "series.lookback=24", "series.patch=6", "series.stride=3"]
-    lines = run(forecasting, str(path), *own, "--horizons", "6", "9", "--seeds", "0", "1")
+    lines = run(forecasting, str(path), *own, "--losses", "mse", "--horizons", "6", "9", "--seeds", "0", "1")
     assert [(line["horizon"], line["seed"]) for line in lines] == [(6, 0), (9, 0), (6, 1), (9, 1)]
     assert (
         lines[0]["test"]["lmm"] != lines[2]["test"]["lmm"] and lines[0]["test"]["linear"] == lines[2]["test"]["linear"]

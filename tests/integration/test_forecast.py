@@ -8,6 +8,7 @@ import random
 import signal
 
 import pytest
+import torch
 
 from titans_pretrain import cli
 from titans_pretrain.config.load import load_as
@@ -77,12 +78,18 @@ def test_the_loss_is_that_of_the_config(loss, power, settings, csv_file, tmp_pat
     """Of the first step, whose forecast is the window's mean."""
     of_one_step = ["train.steps=1", "train.eval_every=1", f"series.loss={loss}"]
     assert cli.main(["forecast", "forecasting/ett", *settings, *of_one_step]) == 0
-    logged = json.loads((tmp_path / "run/horizon-6/metrics.jsonl").read_text().splitlines()[0])["loss"]
+    first, validated = map(json.loads, (tmp_path / "run/horizon-6/metrics.jsonl").read_text().splitlines())
     values = read_series(csv_file).values
     rows = split_rows(len(values), "auto", "waves")
-    windows = Windows(training_scale(values, rows["train"]).standardized(values).float(), rows["train"], 24, 6)
-    x, y = next(windows.shuffled(64, 0))
-    assert logged == pytest.approx(float(((x.mean(1, keepdim=True) - y).abs() ** power).mean()), rel=1e-5)
+    scaled = training_scale(values, rows["train"]).standardized(values).float()
+    x, y = next(Windows(scaled, rows["train"], 24, 6).shuffled(64, 0))
+    assert first["loss"] == pytest.approx(float(((x.mean(1, keepdim=True) - y).abs() ** power).mean()), rel=1e-5)
+    model = build_forecaster(load_as(ForecastConfig, tmp_path / "run/config.yaml"), 6).eval()
+    load_weights(model, tmp_path / "run/horizon-6/best.safetensors")
+    windows = Windows(scaled, rows["validation"], 24, 6)
+    x, y = windows[torch.arange(len(windows))]
+    error = float(((model(x) - y).detach().abs() ** power).mean())
+    assert validated[f"validation_{loss}"] == pytest.approx(error, rel=1e-5)
 
 
 def test_a_signal_leaves_the_best_weights(settings, tmp_path, capsys):

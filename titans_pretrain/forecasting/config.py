@@ -28,9 +28,8 @@ class SeriesConfig:
     linear_skip: bool = setting(
         False, "a linear map from the window to the forecast beside the blocks, which learn what it leaves"
     )
-    loss: Literal["mse", "mae", "huber"] = setting(
-        "mse",
-        "what the training makes small; huber: half the square up to 1, linear beyond. The best weights have the smallest validation MSE",
+    loss: Literal["mse", "mae"] = setting(
+        "mse", "the error that the training makes small; on validation windows it chooses the best weights"
     )
 
     def __post_init__(self):

@@ -20,7 +20,7 @@ from titans_pretrain.training.engine import compute_dtype, pick_device
 from titans_pretrain.training.fit import Fitted, fit, open_run, write_results
 
 EVAL_BATCH = 1024  # windows of a variate at once
-LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
+LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss}
 
 
 def build_forecaster(config: ForecastConfig, horizon: int) -> Forecaster:
@@ -69,7 +69,7 @@ def forecast(config: ForecastConfig, say: Callable[[str], None] = print) -> int:
 def _one_horizon(
     config: ForecastConfig, horizon: int, windows: dict, folder: Path, scaling: Scaling, variates, say
 ) -> tuple[Fitted, dict]:
-    model = build_forecaster(config, horizon)
+    model, which = build_forecaster(config, horizon), config.series.loss
     device = next(model.parameters()).device
     parameters = sum(p.numel() for p in model.parameters())
     say(
@@ -78,7 +78,7 @@ def _one_horizon(
 
     def loss(batch) -> torch.Tensor:
         x, y = (part.to(device) for part in batch)
-        return LOSSES[config.series.loss](model(x), y)
+        return LOSSES[which](model(x), y)
 
     def predict(x: torch.Tensor) -> torch.Tensor:
         with compute_dtype(device, config.train.precision):
@@ -87,7 +87,7 @@ def _one_horizon(
     began = time.process_time()
     fitted = fit(
         model, config.train, windows["train"].shuffled(config.train.batch, config.train.seed), loss,
-        lambda: errors(predict, windows["validation"], EVAL_BATCH)["mse"], folder, validated="validation_mse", say=say,
+        lambda: errors(predict, windows["validation"], EVAL_BATCH)[which], folder, validated=f"validation_{which}", say=say,
     )  # fmt: skip
     seconds = time.process_time() - began
     if fitted.stopped:
@@ -103,7 +103,7 @@ def _one_horizon(
     plot_forecasts(folder / "forecasts.png", compared, windows["test"], scaling, variates)
     return fitted, {
         "test": test,
-        "validation_mse": fitted.best,
+        f"validation_{which}": fitted.best,
         "steps": fitted.step,
         "best_step": fitted.best_step,
         "parameters": parameters,
