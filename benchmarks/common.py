@@ -63,15 +63,20 @@ def _cpu_model() -> str:
 
 
 def measure_missing(
-    file: Path, points: Iterable[dict], measure: Callable[[dict], dict], setup: dict[str, str]
+    file: Path, points: Iterable[dict], measure: Callable[[dict], dict], settings: Sequence[str], setup: dict[str, str]
 ) -> list[dict]:
-    """The lines of a file of results: a point, what measure(point) found, and the setup. Points that have none yet are measured."""
+    """The lines of a file of results: a point, the settings it was measured with, what measure(point) found, and the setup. Points that
+    have none yet are measured. Raises SystemExit where there are lines of other settings: they belong in no one table."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for point in points:
+        if others := [line["settings"] for line in lines if line["settings"] != list(settings)]:
+            raise SystemExit(
+                f"{file} has results with other settings ({' '.join(others[0]) or 'none'}): give another --out"
+            )
         if any(point.items() <= line.items() for line in lines):
             continue
-        lines.append(point | measure(point) | {"setup": setup})
+        lines.append(point | {"settings": list(settings)} | measure(point) | {"setup": setup})
         with file.open("a") as f:
             f.write(json.dumps(lines[-1]) + "\n")
         print(json.dumps({k: v for k, v in lines[-1].items() if k != "setup"}), flush=True)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.forecasting ETTh1.csv                                # lmm, horizons 96 and 192, trained on either error
     python -m benchmarks.forecasting ETTh1.csv --variants lmm transformer --horizons 96 192 336 720
-    python -m benchmarks.forecasting ETTh1.csv series.patch=8 train.lr=5e-4   # settings over configs/forecasting/ett.yaml
+    python -m benchmarks.forecasting ETTh1.csv series.patch=8 --out runs/patch-8   # settings over configs/forecasting/ett.yaml
     python -m benchmarks.forecasting ETTh1.csv --report                       # the page anew; nothing is trained
 
-Each point (variant, error that is trained on, horizon, seed) leaves a line in OUT/forecasting.jsonl; those that are there are not done again. OUT/forecasting.md has
-the table, pictures beside it. The file is not part of the project; ETTh1.csv is in github.com/zhouhaoyi/ETDataset (CC BY-ND 4.0).
+Each point (variant, error that is trained on, horizon, seed) leaves a line in OUT/forecasting.jsonl; those that are there are not done
+again. OUT/forecasting.md has the table, pictures beside it. The file is not part of the project; ETTh1.csv is in github.com/zhouhaoyi/ETDataset (CC BY-ND 4.0).
 """
 
 import itertools
@@ -50,7 +50,7 @@ def measure(point: dict, csv: str, runs: Path, settings: Sequence[str]) -> dict:
     if code := forecast(load_as(ForecastConfig, "forecasting/ett", [*own, *settings]), lambda line: None):
         raise SystemExit(code)
     (found,) = json.loads((run_dir / "metrics.json").read_text())["horizons"].values()
-    return {"settings": list(settings)} | found
+    return found
 
 
 def folder(point: dict, runs: Path) -> Path:
@@ -147,7 +147,7 @@ def main() -> None:
     )
     lines = measure_missing(
         args.out / "forecasting.jsonl", () if args.report else points,
-        lambda point: measure(point, args.csv, args.runs, args.settings), setup,
+        lambda point: measure(point, args.csv, args.runs, args.settings), args.settings, setup,
     )  # fmt: skip
     report(Path(args.csv).stem, lines, args.out, args.runs)
     finish(args, setup, lines, list(bars(lines)))

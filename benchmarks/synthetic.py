@@ -83,7 +83,6 @@ def measure(point: dict, runs: Path, samples: int, settings: Sequence[str]) -> d
     return {
         "steps": config.train.steps,
         "cpu_minutes": round(spent / 60, 1) if fresh else None,
-        "settings": list(settings),
         "accuracy": found,
         "chance": config.synthetic.chance,
     }
@@ -177,7 +176,7 @@ def main() -> None:
     )
     lines = measure_missing(
         args.out / "synthetic.jsonl", () if args.report else points,
-        lambda point: measure(point, args.runs, args.samples, args.settings), setup,
+        lambda point: measure(point, args.runs, args.samples, args.settings), args.settings, setup,
     )  # fmt: skip
     report(lines, args.out)
     finish(args, setup, lines, list(bars(lines)))

@@ -36,9 +36,13 @@ def test_only_what_has_no_line_is_measured(tmp_path):
         measured.append(point)
         return {"found": len(measured)}
 
-    common.measure_missing(file, points[:1], measure, {"date": "today"})
-    lines = common.measure_missing(file, [*points, points[1]], measure, {"date": "later"})
-    assert measured == points and common.measure_missing(file, (), measure, {}) == lines
+    common.measure_missing(file, points[:1], measure, ["train.lr=1"], {"date": "today"})
+    lines = common.measure_missing(file, [*points, points[1]], measure, ["train.lr=1"], {"date": "later"})
+    assert measured == points and common.measure_missing(file, (), measure, [], {}) == lines
+    with pytest.raises(
+        SystemExit, match=r"lines\.jsonl has results with other settings \(train\.lr=1\): give another --out"
+    ):
+        common.measure_missing(file, points, measure, [], {})
     assert [(line["task"], line["found"], line["setup"]["date"]) for line in lines] == [("a", 1, "today"), ("b", 2, "later")]  # fmt: skip
     assert common.describe_setups([*lines, *lines]) == "date: today\n\ndate: later"
     assert common.seed_cells({2: 1.0, 0: 2.0}, [0, 1, 2]) == ["2.0", "", "1.0", "1.5"]
