@@ -12,19 +12,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from unittest import mock
 
-_IMPORTED = (
-    "deepspeed",
-    "megatron.core.tensor_parallel",
-    "titans_pretrain.commands.train",
-    "torch.distributed.checkpoint",
-)
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
+FOLDER = Path(__file__).parent
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{FOLDER.parents[1]}:{FOLDER}"}
 
 
 def forked(f: Callable, *args) -> multiprocessing.process.BaseProcess:
     """A running process f(*args)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_IMPORTED))
+    context.set_forkserver_preload(["preloaded"])
     process = context.Process(target=f, args=args, daemon=True)
     with mock.patch.dict(os.environ, _ENVIRONMENT):  # of the server, at the first of all
         process.start()
