@@ -84,8 +84,17 @@ def measure_missing(
 
 
 def describe_setups(lines: Sequence[dict]) -> str:
-    """Of a file of results, each once."""
-    return "\n\n".join(dict.fromkeys("\n".join(f"{k}: {v}" for k, v in line["setup"].items()) for line in lines))
+    """Of a file of results: each once; of those that differ in the load alone, its range."""
+    loads: dict[str, list[float]] = {}
+    for line in lines:
+        setup = dict(line["setup"])
+        load = setup.pop("load", "").split()
+        loads.setdefault("\n".join(f"{k}: {v}" for k, v in setup.items()), []).extend(map(float, load[:1]))
+    blocks = []
+    for told, of in loads.items():
+        ends = " to ".join(dict.fromkeys(f"{load:.1f}" for load in (min(of), max(of)))) if of else ""
+        blocks.append(told + f"\nload: {ends} at the start" * bool(of))
+    return "\n\n".join(blocks)
 
 
 def seed_cells(found: Mapping[int, float], seeds: Sequence[int], digits: int = 1) -> list[str]:

@@ -45,6 +45,9 @@ def test_only_what_has_no_line_is_measured(tmp_path):
         common.measure_missing(file, points, measure, [], {})
     assert [(line["task"], line["found"], line["setup"]["date"]) for line in lines] == [("a", 1, "today"), ("b", 2, "later")]  # fmt: skip
     assert common.describe_setups([*lines, *lines]) == "date: today\n\ndate: later"
+    loaded = [{"setup": {"date": "today", "load": f"{load} at the start"}} for load in (10.5, 2.0, 3.1)]
+    assert common.describe_setups(loaded) == "date: today\nload: 2.0 to 10.5 at the start"
+    assert common.describe_setups(loaded[:1] * 2) == "date: today\nload: 10.5 at the start"
     assert common.seed_cells({2: 1.0, 0: 2.0}, [0, 1, 2]) == ["2.0", "", "1.0", "1.5"]
 
 
