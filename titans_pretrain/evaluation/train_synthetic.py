@@ -73,7 +73,7 @@ def train_synthetic(path: str, overrides: Sequence[str]) -> int:
     config = Config(**{f.name: getattr(given, f.name) for f in fields(Config)})  # what everything else reads
     check_vocabulary(options, config.model.vocab_size)
     if config.data.seq_len_warmup:
-        raise ValueError("data.seq_len_warmup cuts rows of a corpus; the lengths of these are synthetic.train_lengths")
+        raise ValueError("data.seq_len_warmup cuts rows of a corpus; the lengths of these are synthetic.lengths")
     if launched_world() > 1:
         raise ValueError("this trains on one process; start it without torchrun")
     run_dir, device = Path(config.run.dir), pick_device(config.train.device)
