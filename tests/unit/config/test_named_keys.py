@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from titans_pretrain.config import Config
 from titans_pretrain.config.keys import all_keys
 from titans_pretrain.evaluation.tasks import TASKS
 from titans_pretrain.forecasting.config import ForecastConfig
@@ -23,9 +24,7 @@ OTHERS = {  # that look like one: a property, a parameter, and the wrong name th
 
 def settings() -> set[str]:
     """All legal names of settings, those of the evaluation's tasks under the task's name; groups are names too."""
-    keys = {
-        key for schema in (None, ForecastConfig, ClassifyConfig) for key in (all_keys(schema) if schema else all_keys())
-    }
+    keys = {key for schema in (Config, ForecastConfig, ClassifyConfig) for key in all_keys(schema)}
     for task, (where, _) in TASKS.items():
         module, _, name = where.rpartition(".")
         options = getattr(importlib.import_module(f"titans_pretrain.evaluation.{module}"), name).Options
@@ -53,7 +52,19 @@ def unknown_settings(texts: list[str], legal: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "folder", ["titans_pretrain", "data_prep", "kernels", "benchmarks", "docs", "slurm", "README.md"]
+    "folder",
+    [
+        "titans_pretrain",
+        "data_prep",
+        "kernels",
+        "benchmarks",
+        "configs",
+        "docs",
+        "scripts",
+        "slurm",
+        "README.md",
+        "CONTRIBUTING.md",
+    ],
 )
 def test_a_named_setting_exists(folder):
     files = [ROOT / folder] if folder.endswith(".md") else sorted((ROOT / folder).rglob("*"))
@@ -61,7 +72,7 @@ def test_a_named_setting_exists(folder):
     wrong = {
         str(f.relative_to(ROOT)): found
         for f in files
-        if f.suffix in (".py", ".md", ".sbatch") and (found := unknown_settings(said(f), legal))
+        if f.suffix in (".py", ".md", ".sbatch", ".yaml") and (found := unknown_settings(said(f), legal))
     }
     assert not wrong
 

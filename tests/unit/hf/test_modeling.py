@@ -26,6 +26,10 @@ DECODING = {
     "beams": (False, {"num_beams": 3}),
     "padded-beams": (True, {"num_beams": 3}),
 }
+HYBRIDS = [
+    ["mac", {"variant": "lmm", "memory": {"chunk_size": 8, "depth": 3}}, {"variant": "transformer", "window": None}],
+    ["mag", "mal", {"variant": "transformer", "window": 4}],
+]
 
 
 def build(variant="mag", **changes):
@@ -89,6 +93,23 @@ def test_generate_is_greedy_search_over_full_forwards(variant):
             ids = torch.cat((ids, core(ids).logits[:, -1:].argmax(-1)), 1)
     assert torch.equal(out, ids)
     assert len(out.unique()) > 4  # a model that repeats one token would hide much
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [*VARIANTS, *HYBRIDS], ids=[*VARIANTS, "hybrid-mac", "hybrid-mag"])
+@torch.no_grad()
+def test_long_decoding_with_and_without_a_cache_and_float32(layers, tmp_path):
+    """200 tokens, many windows, segments and chunks; and float32 logits as the training model has them."""
+    model = build(layers) if isinstance(layers, str) else build(pattern=layers, layers=3)
+    out = model.generate(tokens(2, 7), **GREEDY | {"max_new_tokens": 200, "min_new_tokens": 200})
+    core = native(model)
+    for length in range(7, 207):
+        assert torch.equal(out[:, length], core(out[:, :length]).logits[:, -1].argmax(-1))
+    assert len(out.unique()) > 4
+    model.float().save_pretrained(tmp_path)
+    loaded = TitansForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    exact = core.float()(out).logits
+    assert_close(loaded(out).logits, exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
